@@ -1,0 +1,293 @@
+"""Constitutions: principles, few-shot examples, and reproducible draws of principles.
+
+A constitution is one YAML file::
+
+    name: tone
+    critiques:                 # for critique -> revision (section 3.1 of the paper)
+      - id: polite
+        critique_request: Say where the assistant is impolite.
+        revision_request: Rewrite the response so that it is polite.
+    comparisons:               # for AI feedback (section 4.1)
+      - id: polite
+        principle: Choose the more polite response.
+    few_shot:                  # optional; `prompt` is one user message or a list of messages
+      critique: [{prompt, response, critique_request, critique, revision_request, revision}]
+      comparison: [{prompt, a, b, answer: A, principle}]
+      comparison_cot: [{prompt, a, b, answer: B, principle, reasoning}]
+
+A comparison example without `principle` borrows that of the question that it precedes. The
+published JSON files of the paper (principles and few-shot prompts) are read as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from cai_utils import dialogue
+
+FOLDER = Path(__file__).parent / "constitutions"
+_FIELDS = {  # section -> (required fields, optional fields)
+    "critiques": (("id", "critique_request", "revision_request"), ()),
+    "comparisons": (("id", "principle"), ()),
+    "critique": (
+        ("prompt", "response", "critique_request", "critique", "revision_request", "revision"), (),
+    ),
+    "comparison": (("prompt", "a", "b", "answer"), ("principle",)),
+    "comparison_cot": (("prompt", "a", "b", "answer", "reasoning"), ("principle",)),
+}
+_SHOTS = ("critique", "comparison", "comparison_cot")
+
+
+@dataclass(frozen=True)
+class Constitution:
+    """Principles for critiques and for comparisons, and the examples shown before them."""
+
+    name: str
+    critiques: list[dict] = field(default_factory=list)
+    comparisons: list[dict] = field(default_factory=list)
+    few_shot: dict[str, list[dict]] = field(default_factory=lambda: {s: [] for s in _SHOTS})
+
+
+def load(name_or_path) -> Constitution:
+    """A constitution by name (`default`, `miniature`: those in `cai_utils/constitutions/`), from a
+    YAML file, from a folder with the paper's JSON files, or from one of those files alone.
+
+    FileNotFoundError when there is no such file; ValueError, with the file, the entry and the
+    field, when something is missing, empty, doubled or unknown.
+    """
+    name = str(name_or_path)
+    path = FOLDER / f"{name}.yaml"
+    if not re.fullmatch(r"[\w-]+", name) or not path.exists():
+        path = Path(name)
+    if path.is_dir():
+        return _published(path, [f for f in _PUBLISHED if (path / f).exists()])
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
+        raise FileNotFoundError(
+            f"no constitution {name!r}: give one of {known}, a YAML file, or a folder with the "
+            "paper's JSON files"
+        )
+    if path.name in _PUBLISHED:
+        return _published(path.parent, [path.name])
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    return _check(data, path)
+
+
+def stable_int(*key, bits: int = 31) -> int:
+    """A non-negative integer below 2**bits from any printable key, the same on every machine.
+
+    All the seeds and draws of the stages come from it, so that each (seed, row, step) has a stream
+    of its own.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return int.from_bytes(digest, "big") >> (128 - bits)
+
+
+def draw(
+    principles: list[dict], seed: int, row, step: int, n_principles: int | None = None
+) -> dict:
+    """One principle for (seed, row, step), uniformly and independently of every other draw.
+
+    `n_principles` restricts the draw to the first n (Figure 6 of the paper). ValueError when there
+    are no principles, or fewer than n.
+    """
+    if not principles:
+        raise ValueError("the constitution has no principles of this kind: add some to its file")
+    n = len(principles) if n_principles is None else n_principles
+    if not 1 <= n <= len(principles):
+        raise ValueError(
+            f"n_principles={n}: the constitution has {len(principles)} principles, give 1 to that"
+        )
+    return principles[stable_int("principle", seed, row, step, bits=62) % n]
+
+
+def _check(data, path) -> Constitution:
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: a constitution is a mapping with `name` and principles")
+    unknown = sorted(set(data) - {"name", "critiques", "comparisons", "few_shot"})
+    if unknown:
+        raise ValueError(
+            f"{path}: unknown field {unknown[0]!r}; known: name, critiques, comparisons, few_shot"
+        )
+    if not isinstance(data.get("name"), str) or not data["name"].strip():
+        raise ValueError(f"{path}: missing field 'name'")
+    few_shot = data.get("few_shot") or {}
+    if not isinstance(few_shot, dict) or set(few_shot) - set(_SHOTS):
+        raise ValueError(f"{path}: few_shot is a mapping of {', '.join(_SHOTS)}")
+    sections = {s: _entries(data.get(s), s, s, path) for s in ("critiques", "comparisons")}
+    for section, entries in sections.items():
+        seen = set()
+        for i, entry in enumerate(entries):
+            if entry["id"] in seen:
+                raise ValueError(f"{path}: {section}[{i}]: the id {entry['id']!r} is there twice")
+            seen.add(entry["id"])
+    if not any(sections.values()):
+        raise ValueError(f"{path}: no principles: give 'critiques', 'comparisons' or both")
+    shots = {s: _entries(few_shot.get(s), s, f"few_shot.{s}", path) for s in _SHOTS}
+    for section, entries in shots.items():
+        for i, entry in enumerate(entries):
+            entry["prompt"] = _messages(entry["prompt"], f"{path}: few_shot.{section}[{i}]")
+            if entry.get("answer", "A") not in ("A", "B"):
+                raise ValueError(f"{path}: few_shot.{section}[{i}]: 'answer' has to be A or B")
+    return Constitution(data["name"].strip(), few_shot=shots, **sections)
+
+
+def _entries(entries, section, shown, path) -> list[dict]:
+    """The checked entries of one section, texts stripped; `shown` is its name in errors."""
+    required, optional = _FIELDS[section]
+    if entries is not None and not isinstance(entries, list):
+        raise ValueError(f"{path}: '{shown}' has to be a list")
+    checked = []
+    for i, entry in enumerate(entries or []):
+        where = f"{path}: {shown}[{i}]"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where} has to be a mapping with {', '.join(required)}")
+        if "id" in required and entry.get("id"):
+            where += f" (id {entry['id']!r})"
+        for name in required:
+            value = entry.get(name)
+            if value is None or not str(value).strip():
+                raise ValueError(f"{where}: missing field '{name}'")
+        unknown = sorted(set(entry) - set(required) - set(optional))
+        if unknown:
+            raise ValueError(
+                f"{where}: unknown field {unknown[0]!r}; known: {', '.join(required + optional)}"
+            )
+        checked.append(
+            {k: v if isinstance(v, list) else str(v).strip() for k, v in entry.items() if v}
+        )
+    return checked
+
+
+def _messages(prompt, where) -> list[dict]:
+    """A prompt as messages, ending with the user's."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        dialogue.transcript(messages, add_generation_prompt=True)
+    except ValueError as error:
+        raise ValueError(f"{where}: prompt: {error}") from error
+    return messages
+
+
+# The paper's files: one reader for each, JSON -> (section, entries).
+
+
+def _critiques(data, path):
+    entries = []
+    for name, item in data.items():
+        for key in ("prompt", "edit_request"):
+            if not item.get(key):
+                raise ValueError(f"{path}: principle {name!r}: missing field '{key}'")
+        ask = item["prompt"][0] if isinstance(item["prompt"], list) else item["prompt"]
+        entries.append({
+            "id": name,
+            "critique_request": _between(ask, "CritiqueRequest:", "Critique:", path, name),
+            "revision_request": _between(
+                item["edit_request"], "RevisionRequest:", "Revision:", path, name
+            ),
+        })
+    return "critiques", entries
+
+
+def _between(text, start, end, path, name):
+    text = text.strip()
+    if not (text.startswith(start) and text.endswith(end)):
+        raise ValueError(f"{path}: principle {name!r}: expected '{start} ... {end}'")
+    return text[len(start) : -len(end)].strip()
+
+
+def _comparisons(data, path):
+    return "comparisons", [
+        {"id": f"comparison{i}", "principle": text.strip()} for i, text in enumerate(data)
+    ]
+
+
+def _critique_shots(data, path):
+    pattern = re.compile(
+        r"(?P<talk>.*)\n\nCritiqueRequest: (?P<critique_request>.*)\n\nCritique: (?P<critique>.*)"
+        r"\n\nRevisionRequest: (?P<revision_request>.*)\n\nRevision: (?P<revision>.*)",
+        re.DOTALL,
+    )
+    entries = []
+    for i, text in enumerate(data):
+        # Most examples end with the opening of a next human turn, which only marks their end.
+        match = pattern.fullmatch(text.strip().removesuffix("\n\nHuman:"))
+        if match is None:
+            raise ValueError(f"{path}: example {i} is not a critique and revision as published")
+        entry = match.groupdict()
+        *prompt, last = dialogue.parse_transcript(entry.pop("talk"))
+        entries.append({"prompt": prompt, "response": last["content"], **entry})
+    return "critique", entries
+
+
+def _comparison_shots(data, path):
+    # Published as a better and a worse response; the letters alternate so that neither is favoured.
+    entries = []
+    for i, item in enumerate(data):
+        for key in ("prompt", "corrects", "incorrects"):
+            if not item.get(key):
+                raise ValueError(f"{path}: example {i}: missing field '{key}'")
+        pair = [item["corrects"][0].strip(), item["incorrects"][0].strip()]
+        a, b = pair if i % 2 == 0 else pair[::-1]
+        prompt = dialogue.parse_transcript(item["prompt"])
+        entries.append({"prompt": prompt, "a": a, "b": b, "answer": "AB"[i % 2]})
+    return "comparison", entries
+
+
+def _cot_shots(data, path):
+    pattern = re.compile(
+        r".*?\n\nH: (?P<talk>.*)\n\n\{\}"
+        r"\n \(A\) \[\[\[(?P<a>.*)\]\]\]\n \(B\) \[\[\[(?P<b>.*)\]\]\]"
+        r"\n\nAssistant: Let's think step by step:(?P<reasoning>.*)"
+        r"\n\nHuman:\nSo the answer is: \((?P<answer>[AB])\)",
+        re.DOTALL,
+    )
+    entries = []
+    for i, item in enumerate(data):
+        text = item["prompt"][0] if isinstance(item["prompt"], list) else item["prompt"]
+        match = pattern.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(f"{path}: example {i} is not a reasoned choice as published")
+        entry = {k: v.strip() for k, v in match.groupdict().items()}
+        turns = re.split(r"\n\n([HA]):", "\n\nH: " + entry.pop("talk"))[1:]
+        prompt = [
+            {"role": "user" if who == "H" else "assistant", "content": said.strip()}
+            for who, said in zip(turns[::2], turns[1::2], strict=True)
+        ]
+        entries.append({"prompt": prompt, **entry})
+    return "comparison_cot", entries
+
+
+_PUBLISHED = {
+    "CritiqueRevisionInstructions.json": _critiques,
+    "CritiqueRevisionFewShotPrompts.json": _critique_shots,
+    "RLMadisonInstructions.json": _comparisons,
+    "RLMadisonFewShotPrompts.json": _comparison_shots,
+    "RLMadisonPrecogFewShotPrompts.json": _cot_shots,
+}
+
+
+def _published(folder, names) -> Constitution:
+    if not names:
+        raise FileNotFoundError(
+            f"{folder}: none of the paper's files is here ({', '.join(_PUBLISHED)})"
+        )
+    principles, shots = {}, {s: [] for s in _SHOTS}
+    for name in names:
+        path = Path(folder) / name
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not valid JSON ({error})") from error
+        section, entries = _PUBLISHED[name](data, path)
+        (shots if section in shots else principles)[section] = entries
+    return Constitution("paper", few_shot=shots, **principles)

@@ -1,0 +1,165 @@
+"""Critique -> revision chains (section 3.1 of the paper), and direct revisions (section 3.5).
+
+A base LM reads a chain as one text: the transcript, "CritiqueRequest:", "Critique:",
+"RevisionRequest:", "Revision:". A chat model gets the same requests as user turns.
+"""
+
+from __future__ import annotations
+
+from cai_utils import dialogue
+from cai_utils.constitution import draw, stable_int
+
+# Where a base LM would go on to write somebody else's part.
+STOPS = ("\n\nHuman:", "\n\nAssistant:", "\n\nCritiqueRequest:", "\n\nRevisionRequest:")
+
+
+def critique_text(prompt: list[dict], response: str, critique_request: str) -> str:
+    """What a base LM is shown to write a critique: the transcript, then the request.
+
+    Ends in "Critique:"; the completion comes back with a leading space.
+    """
+    return (
+        dialogue.transcript(dialogue.with_response(prompt, response))
+        + f"\n\nCritiqueRequest: {critique_request}\n\nCritique:"
+    )
+
+
+def revision_text(
+    prompt: list[dict], response: str, critique_request: str, critique: str, revision_request: str
+) -> str:
+    """What a base LM is shown to revise `response` after its `critique`. Ends in "Revision:"."""
+    return (
+        critique_text(prompt, response, critique_request)
+        + f" {critique}\n\nRevisionRequest: {revision_request}\n\nRevision:"
+    )
+
+
+def direct_revision_text(prompt: list[dict], response: str, revision_request: str) -> str:
+    """What a base LM is shown to revise `response` without a critique (section 3.5)."""
+    return (
+        dialogue.transcript(dialogue.with_response(prompt, response))
+        + f"\n\nRevisionRequest: {revision_request}\n\nRevision:"
+    )
+
+
+def revise(
+    sampler, rows, constitution, *, n_revisions=4, critiqued=True, n_principles=None,
+    few_shot=False, seed=0, temperature=1.0, max_new_tokens=128, stop=(), initial=None,
+    progress=False,
+) -> list[dict]:
+    """Chains of `n_revisions` revisions, one per prompt (section 3.1; direct: section 3.5).
+
+    Each step draws one principle per row, independently of all other rows and steps
+    (`constitution.draw`, from the first `n_principles`); the model critiques its last response and
+    revises it, and the revision takes the response's place in the next step. With
+    `critiqued=False` it is only asked for the revision. All rows take a step together.
+
+    rows: {"prompt": messages ending with the user's, "id", ...}; other fields are kept.
+    sampler: `sampling.Sampler`, or anything with its `generate` and `tokenizer`.
+    initial: the first response of each row; sampled when None.
+    few_shot: puts the constitution's `few_shot["critique"]` before every request, of direct
+    revisions without the critiques.
+
+    Returns rows with `responses` (n_revisions + 1 texts, the initial one first), `critiques`
+    (n_revisions texts, or None where direct), `principles` (their ids) and `empty`: how many
+    revisions came back empty. An empty revision keeps the response before it.
+
+    ValueError for a prompt that does not end with a user message, a wrong number of `initial`
+    responses, an empty constitution, or `few_shot` without examples.
+    """
+    for i, row in enumerate(rows):
+        if not row.get("prompt") or row["prompt"][-1].get("role") != "user":
+            raise ValueError(f"row {i}: 'prompt' has to be messages that end with a user message")
+    if initial is not None and len(initial) != len(rows):
+        raise ValueError(f"initial has {len(initial)} responses for {len(rows)} rows")
+    examples = constitution.few_shot.get("critique", []) if few_shot else []
+    if few_shot and not examples:
+        raise ValueError(
+            f"constitution {constitution.name!r} has no few_shot critiques: add some to its file "
+            "or pass few_shot=False"
+        )
+    rows = list(rows)
+    if not rows:
+        return []
+    as_text = dialogue.uses_transcript(getattr(sampler, "tokenizer", None))
+    prefix = _examples(examples, critiqued, as_text)
+    stops = tuple(dict.fromkeys((*stop, *(STOPS if as_text else ()))))
+
+    def sample(inputs, *key):
+        completions = sampler.generate(
+            inputs, n=1, temperature=temperature, max_new_tokens=max_new_tokens, stop=stops,
+            seed=stable_int("revise", seed, *key), progress=progress,
+        )
+        return [c[0].text.strip() for c in completions]
+
+    prompts = [row["prompt"] for row in rows]
+    last = [t.strip() for t in initial] if initial is not None else sample(prompts, "initial")
+    chains = [
+        {"id": str(i), **row, "responses": [text], "critiques": [], "principles": [], "empty": 0}
+        for i, (row, text) in enumerate(zip(rows, last, strict=True))
+    ]
+    for step in range(n_revisions):
+        drawn = [
+            draw(constitution.critiques, seed, i, step, n_principles) for i in range(len(rows))
+        ]
+        critiques = [None] * len(rows)
+        if critiqued:
+            asked = [
+                prefix + _critique_input(p, r, d, as_text)
+                for p, r, d in zip(prompts, last, drawn, strict=True)
+            ]
+            critiques = sample(asked, step, "critique")
+        asked = [
+            prefix + _revision_input(p, r, d, c, as_text)
+            for p, r, d, c in zip(prompts, last, drawn, critiques, strict=True)
+        ]
+        revisions = sample(asked, step, "revision")
+        for chain, principle, critique, revision in zip(
+            chains, drawn, critiques, revisions, strict=True
+        ):
+            chain["empty"] += not revision
+            chain["responses"].append(revision or chain["responses"][-1])
+            chain["critiques"].append(critique)
+            chain["principles"].append(principle["id"])
+        last = [chain["responses"][-1] for chain in chains]
+    return chains
+
+
+def _critique_input(prompt, response, principle, as_text):
+    """The input that asks for a critique: a text, or messages for a chat model."""
+    if as_text:
+        return critique_text(prompt, response, principle["critique_request"])
+    return [
+        *dialogue.with_response(prompt, response),
+        {"role": "user", "content": principle["critique_request"]},
+    ]
+
+
+def _revision_input(prompt, response, principle, critique, as_text):
+    """The input that asks for a revision; direct where `critique` is None."""
+    ask = principle["revision_request"]
+    if as_text and critique is None:
+        return direct_revision_text(prompt, response, ask)
+    if as_text:
+        return revision_text(prompt, response, principle["critique_request"], critique, ask)
+    if critique is None:
+        turns = dialogue.with_response(prompt, response)
+    else:
+        turns = dialogue.with_response(
+            _critique_input(prompt, response, principle, as_text), critique
+        )
+    return [*turns, {"role": "user", "content": ask}]
+
+
+def _examples(examples, critiqued, as_text):
+    """The few-shot prefix in the form of the inputs: one text, or a list of messages."""
+    prefix = "" if as_text else []
+    for e in examples:
+        asked = _revision_input(
+            e["prompt"], e["response"], e, e["critique"] if critiqued else None, as_text
+        )
+        if as_text:
+            prefix += f"{asked} {e['revision']}"
+        else:
+            prefix += dialogue.with_response(asked, e["revision"])
+    return prefix

@@ -1,0 +1,357 @@
+"""Rows from files and from published data: prompts, comparisons, multiple-choice questions.
+
+A `spec` names where rows come from:
+
+- a file: .jsonl, .jsonl.gz, .csv or .parquet, with the fields of the row kinds below;
+- `hh-rlhf/<subset>/<split>`, for example `hh-rlhf/harmless-base/test`: the human comparisons of
+  Anthropic/hh-rlhf, from the folder that the environment variable CAI_DATA_DIR names
+  (`$CAI_DATA_DIR/hh-rlhf/harmless-base/test.jsonl.gz`), else from the Hugging Face hub;
+- `paper/<name>`, for example `paper/438HHHEvaluations`: the paper's evaluation questions, from
+  `$CAI_DATA_DIR/constitutional_harmlessness_paper/evals/`, else from the publisher's repository at
+  a pinned commit, cached by pooch.
+
+`limit` keeps that many rows, drawn at random from the seed and left in file order.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import random
+import re
+import warnings
+from collections import Counter
+from pathlib import Path
+
+from cai_utils import dialogue
+
+PAPER_COMMIT = "831f7813dbafab659a526d7452f7adeac464b796"
+PAPER_URL = f"https://raw.githubusercontent.com/anthropics/ConstitutionalHarmlessnessPaper/{PAPER_COMMIT}/"
+PAPER_SHA256 = {
+    "evals/438HHHEvaluations.jsonl":
+        "d1ee180289d3eeeb314ad862344cbd9af07f19c6d52a77524f9a1a21e7373c10",
+}
+SPLITS = {"train": "train", "test": "eval"}  # hh-rlhf's names -> ours
+
+
+def read_rows(path) -> list[dict]:
+    """The rows of a .jsonl, .jsonl.gz, .csv or .parquet file.
+
+    FileNotFoundError when it is missing; ValueError for another ending, and for a line that is not
+    a JSON object, with its number. Empty lines are passed over.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    name = path.name.lower()
+    if name.endswith(".csv"):
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file))
+    if name.endswith(".parquet"):
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    if not name.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"{path}: cannot read this kind of file; give .jsonl, .jsonl.gz, .csv or "
+                         ".parquet")
+    rows = []
+    with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: a row has to be a JSON object")
+            rows.append(row)
+    return rows
+
+
+def write_rows(path, rows) -> None:
+    """Writes rows as .jsonl or .jsonl.gz, whole or not at all (a file beside it, then a rename)."""
+    path = Path(path)
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"{path}: rows are written as .jsonl or .jsonl.gz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with (gzip.open if path.name.endswith(".gz") else open)(
+            temporary, "wt", encoding="utf-8", newline="\n"
+        ) as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_prompts(spec, split=None, limit=None, seed=0, strict=False) -> list[dict]:
+    """Prompts: {"id", "prompt": messages ending with the user's, ...other fields of the file}.
+
+    A file's `prompt` may be messages, a transcript ("\\n\\nHuman: ..."; a generation prompt at its
+    end is dropped), or the text of one user turn. From hh-rlhf the prompt is what chosen and
+    rejected have in common: their messages up to the last human turn; rotten rows as in
+    `load_comparisons`. `split` keeps "train" or "eval" rows.
+
+    ValueError, naming file and row, for a prompt that is missing or does not end with the user.
+    """
+    rows, where = _open(spec)
+    if _is_hh(rows):
+        rows = [
+            {"id": row["id"], "prompt": row["prompt"], "split": row["split"]}
+            for row in _hh_rows(rows, where, None, strict)
+        ]
+    else:
+        rows = [
+            {"id": str(i), **row, "prompt": _prompt(row, f"{where}, row {i + 1}")}
+            for i, row in enumerate(rows)
+        ]
+        for row in rows:
+            row["id"] = str(row["id"])
+    return _choose(rows, where, split, limit, seed)
+
+
+def load_comparisons(spec, split=None, limit=None, seed=0, axis=None, strict=False) -> list[dict]:
+    """Comparisons: `prompt`, `chosen`, `rejected` (messages), `p_chosen`, `source`, `axis`,
+    `principle`, `split` (DESIGN section 5, trl's preference format).
+
+    hh-rlhf rows (`chosen` and `rejected` transcripts) become human comparisons with p_chosen = 1,
+    the axis taken from the subset's name unless `axis` gives it. Its rotten rows, those with an
+    empty last answer, with two turns of one role in a row, or without a common prompt, are
+    **skipped**, and a warning tells how many of each; with `strict=True` the first one is refused
+    with its line number.
+
+    Rows of other files need `prompt`, `chosen`, `rejected`; p_chosen defaults to 1, source to
+    "human". ValueError, naming file and row, for what is missing or out of range.
+    """
+    rows, where = _open(spec)
+    if _is_hh(rows):
+        if axis is None:
+            axis = next((a for a in ("helpful", "harmless") if a in where.lower()), None)
+        if axis not in ("helpful", "harmless"):
+            raise ValueError(f"{where}: say what these comparisons judge: axis='helpful' or "
+                             "axis='harmless'")
+        rows = _hh_rows(rows, where, axis, strict)
+    else:
+        rows = [_comparison(row, f"{where}, row {i + 1}", axis) for i, row in enumerate(rows)]
+    return _choose(rows, where, split, limit, seed)
+
+
+def load_questions(spec, limit=None, seed=0) -> list[dict]:
+    """Multiple-choice questions in the fields of the paper's evaluations: `prompt`, `corrects`,
+    `incorrects`, and `text_correct`, `text_incorrect` where the file has them; `id` is added.
+
+    ValueError, naming file and row, for a missing field or an option both right and wrong.
+    """
+    rows, where = _open(spec)
+    out = []
+    for i, row in enumerate(rows):
+        at = f"{where}, row {i + 1}"
+        row = {k: _decoded(v) if k in ("corrects", "incorrects") else v for k, v in row.items()}
+        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            raise ValueError(f"{at}: missing field 'prompt' (a text)")
+        for name in ("corrects", "incorrects"):
+            texts = row.get(name)
+            if not isinstance(texts, list) or not texts or not all(
+                isinstance(t, str) for t in texts
+            ):
+                raise ValueError(f"{at}: missing field '{name}' (a list like [\" (A)\"])")
+        if set(row["corrects"]) & set(row["incorrects"]):
+            raise ValueError(f"{at}: an option is in both corrects and incorrects")
+        out.append({"id": str(i), **row})
+    return _choose(out, where, None, limit, seed)
+
+
+def paper_file(name: str) -> Path:
+    """A file of the paper's published repository, for example `evals/438HHHEvaluations.jsonl`:
+    from $CAI_DATA_DIR/constitutional_harmlessness_paper, else fetched once at the pinned commit.
+
+    FileNotFoundError when it is in neither place.
+    """
+    folder = os.environ.get("CAI_DATA_DIR")
+    if folder:
+        path = Path(folder) / "constitutional_harmlessness_paper" / name
+        if path.exists():
+            return path
+    import pooch
+
+    checksum = PAPER_SHA256.get(name)
+    try:
+        return Path(pooch.retrieve(
+            PAPER_URL + name,
+            known_hash=checksum and f"sha256:{checksum}",
+            fname=f"{PAPER_COMMIT[:7]}-{name.replace('/', '-')}",
+            path=pooch.os_cache("cai_utils"),
+        ))
+    except Exception as error:  # a dead network has many faces; each means the same to the user
+        raise FileNotFoundError(
+            f"{name} of the paper: not in CAI_DATA_DIR ({folder or 'unset'}) and not fetched from "
+            f"{PAPER_URL}{name} ({type(error).__name__}: {error}). Set CAI_DATA_DIR to a folder "
+            f"that holds constitutional_harmlessness_paper/{name}, or go online"
+        ) from error
+
+
+def _open(spec) -> tuple[list[dict], str]:
+    """The raw rows of a spec, and its name in messages."""
+    spec = str(spec)
+    if spec.startswith("paper/"):
+        path = paper_file(f"evals/{spec.removeprefix('paper/')}.jsonl")
+        return read_rows(path), str(path)
+    if re.fullmatch(r"hh-rlhf/[\w-]+/(train|test)", spec):
+        return _hh_source(spec)
+    if spec.startswith("hh-rlhf/"):
+        raise ValueError(f"{spec!r}: write hh-rlhf/<subset>/<train or test>, for example "
+                         "hh-rlhf/harmless-base/test")
+    rows = read_rows(spec)
+    if not rows:
+        raise ValueError(f"{spec}: the file has no rows")
+    return rows, spec
+
+
+def _hh_source(spec):
+    folder = os.environ.get("CAI_DATA_DIR")
+    for ending in (".jsonl.gz", ".jsonl") if folder else ():
+        path = Path(folder) / (spec + ending)
+        if path.exists():
+            return read_rows(path), str(path)
+    import datasets
+
+    _, subset, split = spec.split("/")
+    try:
+        rows = datasets.load_dataset("Anthropic/hh-rlhf", data_dir=subset, split=split).to_list()
+    except Exception as error:  # offline, unknown subset, hub down: one message for the user
+        raise FileNotFoundError(
+            f"{spec}: not in CAI_DATA_DIR ({folder or 'unset'}) and not loaded from the hub "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Set CAI_DATA_DIR to "
+            f"a folder that holds {spec}.jsonl.gz, or go online"
+        ) from error
+    return rows, spec
+
+
+def _is_hh(rows) -> bool:
+    """Whether the rows are hh-rlhf's: whole transcripts, and no prompt of their own."""
+    return "prompt" not in rows[0] and all(
+        isinstance(rows[0].get(k), str) for k in ("chosen", "rejected")
+    )
+
+
+def _hh_rows(rows, where, axis, strict):
+    """hh-rlhf's transcripts as comparisons; rotten rows skipped with a warning, or refused."""
+    split = next((ours for theirs, ours in SPLITS.items() if re.search(rf"\b{theirs}\b", where)),
+                 None)
+    out, rotten = [], Counter()
+    for i, row in enumerate(rows):
+        try:
+            prompt, chosen, rejected = _hh_pair(row)
+        except ValueError as error:
+            if strict:
+                raise ValueError(f"{where}, line {i + 1}: {error}") from error
+            rotten[str(error)] += 1
+            continue
+        out.append({
+            "id": str(i), "prompt": prompt, "chosen": chosen, "rejected": rejected,
+            "p_chosen": 1.0, "source": "human", "axis": axis, "principle": None, "split": split,
+        })
+    if rotten:
+        kinds = ", ".join(f"{n} with {kind}" for kind, n in sorted(rotten.items()))
+        warnings.warn(
+            f"{where}: skipped {sum(rotten.values())} of {len(rows)} rows: {kinds}", stacklevel=3
+        )
+    return out
+
+
+def _hh_pair(row):
+    """(prompt, chosen, rejected) of one hh-rlhf row; ValueError with the kind of rot."""
+    talks = []
+    for side in ("chosen", "rejected"):
+        try:
+            talk = dialogue.parse_transcript(row[side])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError("a text that is not a transcript") from None
+        # parse_transcript drops an empty last assistant turn; none may be empty before it either.
+        if talk[-1]["role"] != "assistant" or not talk[-1]["content"]:
+            raise ValueError("an empty last answer")
+        talks.append(talk)
+    chosen, rejected = talks
+    if chosen[:-1] != rejected[:-1]:
+        raise ValueError("no common prompt")
+    roles = [m["role"] for m in chosen]
+    if roles[0] != "user" or any(a == b for a, b in zip(roles, roles[1:], strict=False)):
+        raise ValueError("two turns of one role in a row")
+    return chosen[:-1], chosen[-1:], rejected[-1:]
+
+
+def _decoded(value):
+    """Lists and messages that a CSV cell holds as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def _prompt(row, at):
+    prompt = _decoded(row.get("prompt"))
+    if not prompt:
+        raise ValueError(f"{at}: missing field 'prompt'")
+    try:
+        if isinstance(prompt, str):
+            if re.match(r"\s*Human:", prompt):
+                prompt = dialogue.parse_transcript(prompt)
+            else:
+                prompt = [{"role": "user", "content": prompt}]
+        dialogue.transcript(prompt, add_generation_prompt=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{at}: prompt: {error}") from error
+    return prompt
+
+
+def _response(row, name, at):
+    response = _decoded(row.get(name))
+    if isinstance(response, str) and response.strip():
+        return [{"role": "assistant", "content": response.strip()}]
+    if isinstance(response, list) and len(response) == 1 and isinstance(response[0], dict):
+        if response[0].get("role") == "assistant" and response[0].get("content"):
+            return response
+    raise ValueError(f"{at}: '{name}' has to be one assistant message or its text")
+
+
+def _comparison(row, at, axis):
+    p = row.get("p_chosen")
+    try:
+        p = 1.0 if p in (None, "") else float(p)
+    except (TypeError, ValueError):
+        p = -1.0
+    if not 0.5 <= p <= 1:
+        raise ValueError(f"{at}: p_chosen={row['p_chosen']!r} has to be from 0.5 to 1")
+    axis = row.get("axis") or axis
+    if axis not in ("helpful", "harmless"):
+        raise ValueError(f"{at}: 'axis' is {axis!r}: give 'helpful' or 'harmless'")
+    return {
+        **row, "prompt": _prompt(row, at), "chosen": _response(row, "chosen", at),
+        "rejected": _response(row, "rejected", at), "p_chosen": p,
+        "source": row.get("source") or "human", "axis": axis,
+        "principle": row.get("principle") or None, "split": row.get("split") or None,
+    }
+
+
+def _choose(rows, where, split, limit, seed):
+    """The rows of a split, and `limit` of them at random, in file order."""
+    if split is not None:
+        if split not in SPLITS.values():
+            raise ValueError(f"split={split!r}: give 'train' or 'eval'")
+        rows = [row for row in rows if row.get("split") == split]
+        if not rows:
+            raise ValueError(f"{where}: no row has split={split!r}")
+    if limit is not None:
+        if limit < 1:
+            raise ValueError(f"limit={limit}: has to be at least 1")
+        if limit < len(rows):
+            chosen = sorted(random.Random(seed).sample(range(len(rows)), limit))
+            rows = [rows[i] for i in chosen]
+    return rows

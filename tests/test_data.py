@@ -1,0 +1,251 @@
+"""Loaders, on small files of our own always, and on the published ones where they are."""
+
+import gzip
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cai_utils import data
+
+USER = [{"role": "user", "content": "Hi"}]
+
+
+def jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def hh(prompt, chosen, rejected):
+    lead = f"{prompt}\n\nAssistant:"
+    return {"chosen": lead + chosen, "rejected": lead + rejected}
+
+
+HH = [
+    hh("\n\nHuman: Hi", " Hello! ", " Go."),
+    hh("\n\nHuman: Hi", "", " Go."),  # an empty answer
+    hh("\n\nHuman: Hi\n\nHuman: You?", " Hello!", " Go."),  # two turns of the human
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Ho\n\nAssistant: B"},
+    hh("\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nin two parts", " D", " E"),
+    {"chosen": "Human", "rejected": "\n\nHuman: Ho\n\nAssistant: B"},
+    hh("\n\nHuman: Hi", " Hello!", "  "),  # an empty answer
+]
+
+
+@pytest.fixture
+def hh_dir(tmp_path, monkeypatch):
+    jsonl(tmp_path / "hh-rlhf/harmless-base/test.jsonl.gz", HH)
+    jsonl(tmp_path / "hh-rlhf/helpful-base/train.jsonl", HH[:1])
+    monkeypatch.setenv("CAI_DATA_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_rows_round_trip(tmp_path, name):
+    rows = [{"id": "1", "text": "a\n\u2028é"}, {"id": "2", "list": [1, None]}]
+    data.write_rows(tmp_path / "new" / name, rows)
+    assert data.read_rows(tmp_path / "new" / name) == rows
+    assert [p.name for p in (tmp_path / "new").iterdir()] == [name]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    data.write_rows(path, [{"a": 1}])
+
+    def rows():
+        yield {"a": 2}
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        data.write_rows(path, rows())
+    assert data.read_rows(path) == [{"a": 1}]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+        data.read_rows(tmp_path / "nowhere.jsonl")
+    path = tmp_path / "torn.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": ', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"torn.jsonl, line 3"):
+        data.read_rows(path)
+    path.write_text("[1]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 1.*JSON object"):
+        data.read_rows(path)
+    other = tmp_path / "rows.txt"
+    other.write_text("x")
+    with pytest.raises(ValueError, match="rows.txt"):
+        data.read_rows(other)
+    with pytest.raises(ValueError, match="rows.txt"):
+        data.write_rows(other, [])
+    empty = jsonl(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match="no rows"):
+        data.load_prompts(empty)
+
+
+def test_prompts_from_files(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [
+        {"id": "x", "prompt": USER, "kind": "benign", "split": "eval"},
+        {"prompt": "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: And?\n\nAssistant:"},
+        {"prompt": "Just text"},
+    ])
+    rows = data.load_prompts(path)
+    assert rows[0] == {"id": "x", "prompt": USER, "kind": "benign", "split": "eval"}
+    assert [m["content"] for m in rows[1]["prompt"]] == ["Hi", "Ho", "And?"]
+    assert rows[2] == {"id": "2", "prompt": [{"role": "user", "content": "Just text"}]}
+    assert [r["id"] for r in data.load_prompts(path, split="eval")] == ["x"]
+    with pytest.raises(ValueError, match="split='train'"):
+        data.load_prompts(path, split="train")
+    with pytest.raises(ValueError, match="split='test'"):
+        data.load_prompts(path, split="test")
+
+
+def test_csv_and_parquet(tmp_path):
+    frame = pd.DataFrame({"id": [7, 8], "prompt": ["Hi, you\nthere", json.dumps(USER)]})
+    frame.to_csv(tmp_path / "p.csv", index=False)
+    rows = data.load_prompts(tmp_path / "p.csv")
+    assert [r["id"] for r in rows] == ["7", "8"]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "Hi, you\nthere"}]
+    assert rows[1]["prompt"] == USER
+    pd.DataFrame({"prompt": [USER, USER]}).to_parquet(tmp_path / "p.parquet")
+    assert [r["prompt"] for r in data.load_prompts(tmp_path / "p.parquet")] == [USER, USER]
+
+
+@pytest.mark.parametrize("prompt", [
+    None, "", [], [{"role": "assistant", "content": "Hi"}], [{"role": "bot", "content": "Hi"}],
+    3, "\n\nHuman: a\n\nAssistant: b",
+])
+def test_a_bad_prompt_is_named(tmp_path, prompt):
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": USER}, {"prompt": prompt}])
+    with pytest.raises(ValueError, match=r"p.jsonl, row 2.*prompt"):
+        data.load_prompts(path)
+
+
+def test_limit_draws_reproducibly(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": f"text {i}"} for i in range(100)])
+    ids = [r["id"] for r in data.load_prompts(path, limit=10, seed=1)]
+    assert ids == [r["id"] for r in data.load_prompts(path, limit=10, seed=1)]
+    assert ids != [r["id"] for r in data.load_prompts(path, limit=10, seed=2)]
+    assert len(set(ids)) == 10 and [int(i) for i in ids] == sorted(map(int, ids))
+    assert len(data.load_prompts(path, limit=1000)) == 100
+    with pytest.raises(ValueError, match="limit=0"):
+        data.load_prompts(path, limit=0)
+
+
+def test_hh_rlhf(hh_dir):
+    with pytest.warns(UserWarning, match=(
+        "skipped 5 of 7 rows: 1 with a text that is not a transcript, 2 with an empty last answer, "
+        "1 with no common prompt, 1 with two turns of one role in a row"
+    )):
+        rows = data.load_comparisons("hh-rlhf/harmless-base/test")
+    assert rows[0] == {
+        "id": "0", "prompt": USER, "chosen": [{"role": "assistant", "content": "Hello!"}],
+        "rejected": [{"role": "assistant", "content": "Go."}], "p_chosen": 1.0, "source": "human",
+        "axis": "harmless", "principle": None, "split": "eval",
+    }
+    assert [m["content"] for m in rows[1]["prompt"]] == ["A", "B", "C\n\nin two parts"]
+    with pytest.warns(UserWarning, match="skipped 5 of 7"):
+        prompts = data.load_prompts("hh-rlhf/harmless-base/test", split="eval")
+    assert [p["prompt"] for p in prompts] == [r["prompt"] for r in rows]
+    assert [p["id"] for p in prompts] == ["0", "4"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        helpful = data.load_comparisons("hh-rlhf/helpful-base/train")
+    assert (helpful[0]["axis"], helpful[0]["split"]) == ("helpful", "train")
+
+
+def test_hh_rlhf_strict_and_bad_specs(hh_dir):
+    with pytest.raises(ValueError, match=r"test.jsonl.gz, line 2: an empty last answer"):
+        data.load_comparisons("hh-rlhf/harmless-base/test", strict=True)
+    with pytest.raises(ValueError, match="hh-rlhf/<subset>/<train or test>"):
+        data.load_comparisons("hh-rlhf/harmless-base")
+    path = jsonl(hh_dir / "mine.jsonl", HH[:1])
+    with pytest.raises(ValueError, match="axis='helpful'"):
+        data.load_comparisons(path)
+    assert data.load_comparisons(path, axis="helpful")[0]["axis"] == "helpful"
+
+
+def test_published_data_that_is_nowhere(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setenv("CAI_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    monkeypatch.setattr("pooch.retrieve", offline)
+    with pytest.raises(FileNotFoundError, match=r"hh-rlhf/harmless-base/test.*CAI_DATA_DIR"):
+        data.load_comparisons("hh-rlhf/harmless-base/test")
+    with pytest.raises(FileNotFoundError, match=r"831f781[0-9a-f]{33}/evals/X.jsonl.*CAI_DATA_DIR"):
+        data.load_questions("paper/X")
+
+
+def test_comparisons_from_files(tmp_path):
+    row = {"prompt": USER, "chosen": [{"role": "assistant", "content": "a"}], "rejected": "b",
+           "p_chosen": 0.7, "source": "ai", "axis": "harmless", "principle": "kind", "extra": 1}
+    got = data.load_comparisons(jsonl(tmp_path / "c.jsonl", [row]))[0]
+    assert got == {**row, "rejected": [{"role": "assistant", "content": "b"}], "split": None}
+    for change, message in [
+        ({"p_chosen": 0.4}, "p_chosen=0.4"), ({"p_chosen": "x"}, "p_chosen='x'"),
+        ({"axis": "nice"}, "'axis' is 'nice'"), ({"chosen": ""}, "'chosen'"),
+        ({"rejected": USER}, "'rejected'"), ({"prompt": None}, "'prompt'"),
+    ]:
+        path = jsonl(tmp_path / "c.jsonl", [row, {**row, **change}])
+        with pytest.raises(ValueError, match="c.jsonl, row 2") as error:
+            data.load_comparisons(path)
+        assert message in str(error.value)
+
+
+def test_questions(tmp_path):
+    row = {"prompt": "Q\n (A) x\n (B) y\nThe answer is:", "corrects": [" (A)"],
+           "incorrects": [" (B)"], "text_correct": "t"}
+    assert data.load_questions(jsonl(tmp_path / "q.jsonl", [row])) == [{"id": "0", **row}]
+    for change, message in [
+        ({"prompt": ""}, "'prompt'"), ({"corrects": []}, "'corrects'"),
+        ({"incorrects": " (B)"}, "'incorrects'"), ({"incorrects": [" (A)"]}, "both corrects"),
+    ]:
+        path = jsonl(tmp_path / "q.jsonl", [row, {**row, **change}])
+        with pytest.raises(ValueError, match="q.jsonl, row 2") as error:
+            data.load_questions(path)
+        assert message in str(error.value)
+
+
+def published(part):
+    root = os.environ.get("CAI_DATA_DIR")
+    if not root or not (Path(root) / part).exists():
+        pytest.skip(f"CAI_DATA_DIR does not hold {part}")
+    return Path(root) / part
+
+
+def test_the_real_hh_rlhf():
+    published("hh-rlhf/harmless-base/test.jsonl.gz")
+    with pytest.warns(UserWarning, match="skipped .* of .* rows"):
+        rows = data.load_comparisons("hh-rlhf/harmless-base/test")
+    assert len(rows) >= 1400
+    for row in rows:
+        roles = [m["role"] for m in row["prompt"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        assert row["chosen"][0]["content"] and row["rejected"][0]["content"]
+
+
+def test_the_real_questions():
+    path = published("constitutional_harmlessness_paper/evals/438HHHEvaluations.jsonl")
+    import hashlib
+
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert data.PAPER_SHA256["evals/438HHHEvaluations.jsonl"] == sha
+    questions = data.load_questions("paper/438HHHEvaluations")
+    assert len(questions) == 438
+    assert {len(q["corrects"] + q["incorrects"]) for q in questions} == {2}
+
+
+def test_the_real_xstest():
+    path = published("xstest/xstest_prompts.csv")
+    rows = data.load_prompts(path)
+    assert len(rows) == 450 and {r["label"] for r in rows} == {"safe", "unsafe"}

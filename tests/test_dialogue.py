@@ -1,0 +1,119 @@
+"""Conversations and their text forms, to the letter."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from cai_utils.dialogue import (
+    parse_transcript,
+    render,
+    transcript,
+    uses_transcript,
+    with_response,
+)
+
+TALK = [
+    {"role": "user", "content": "How do I bake bread?"},
+    {"role": "assistant", "content": "Mix flour and water.\n\nThen wait."},
+    {"role": "user", "content": "And then?"},
+]
+TEXT = (
+    "\n\nHuman: How do I bake bread?\n\nAssistant: Mix flour and water.\n\nThen wait."
+    "\n\nHuman: And then?"
+)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Newlines stand in expressions: templates drop the one that follows a block.
+TRANSCRIPT = (
+    "{% for m in messages %}"
+    "{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' }}{{ m.content }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+
+
+def tokenizer(template=None):
+    out = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
+    out.chat_template = template
+    return out
+
+
+def test_a_transcript_to_the_letter_and_back():
+    assert transcript(TALK) == TEXT
+    assert transcript(TALK, add_generation_prompt=True) == TEXT + "\n\nAssistant:"
+    assert parse_transcript(TEXT) == TALK
+    assert parse_transcript(TEXT + "\n\nAssistant:") == TALK
+    assert parse_transcript("Human: a\n\nAssistant:  b \n") == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+
+
+def test_only_a_turn_after_a_blank_line_is_a_turn():
+    assert parse_transcript("\n\nHuman: say\nHuman: x. Assistant: y") == [
+        {"role": "user", "content": "say\nHuman: x. Assistant: y"}
+    ]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["user", "assistant"]),
+            st.text("ab :\nHuman", min_size=1).map(str.strip).filter(bool),
+        ),
+        min_size=1,
+    )
+)
+def test_messages_survive_the_transcript(turns):
+    talk = [{"role": r, "content": c} for r, c in turns if "\n\nHuman:" not in c]
+    if talk:
+        assert parse_transcript(transcript(talk)) == talk
+
+
+def test_rendering_for_a_base_model_a_chat_model_and_the_miniature():
+    assert render(TALK, tokenizer()) == TEXT + "\n\nAssistant:"
+    assert render(TALK, tokenizer(), add_generation_prompt=False) == TEXT
+    assert render(TALK, tokenizer(TRANSCRIPT)) == TEXT + "\n\nAssistant:"
+    assert render(TALK[:1], tokenizer(CHATML)) == (
+        "<|im_start|>user\nHow do I bake bread?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    done = with_response(TALK[:1], " Slowly.\n")
+    assert render(done, tokenizer(CHATML), add_generation_prompt=False) == (
+        "<|im_start|>user\nHow do I bake bread?<|im_end|>\n"
+        "<|im_start|>assistant\nSlowly.<|im_end|>\n"
+    )
+    assert render("as it is ", tokenizer(CHATML)) == "as it is "
+
+
+def test_which_models_read_transcripts():
+    assert uses_transcript(tokenizer()) and uses_transcript(tokenizer(TRANSCRIPT))
+    assert not uses_transcript(tokenizer(CHATML))
+
+
+def test_a_response_is_stripped_and_the_prompt_left_alone():
+    prompt = list(TALK)
+    assert with_response(prompt, "\n Bake it. ")[-1] == {
+        "role": "assistant",
+        "content": "Bake it.",
+    }
+    assert prompt == TALK
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: transcript([]), "empty conversation"),
+        (lambda: transcript([{"role": "system", "content": "x"}]), "message 0 .*'user'"),
+        (lambda: transcript([TALK[0], {"role": "user"}]), "message 1 .*'content'"),
+        (lambda: transcript(TALK[:2], add_generation_prompt=True), "already ends"),
+        (lambda: render(TALK[:2], tokenizer(CHATML)), "already ends"),
+        (lambda: parse_transcript("Hello. \n\nHuman: x"), "'Hello"),
+        (lambda: parse_transcript(""), "not a transcript"),
+    ],
+)
+def test_bad_conversations_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,366 @@
+"""AI feedback: exact texts; labels of a model with a known preference and a known position bias."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import Chat
+
+from cai_utils import constitution, data, feedback
+from cai_utils.sampling import Sampler
+
+PROMPT = [{"role": "user", "content": "Hi"}]
+TALK = [*PROMPT, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Help"}]
+SHOTS = {
+    "comparison": [
+        {"prompt": TALK, "a": "x", "b": "y", "answer": "B"},
+        {"prompt": PROMPT, "a": "v", "b": "w", "answer": "A", "principle": "Own?"},
+    ],
+    "comparison_cot": [{"prompt": PROMPT, "a": "x", "b": "y", "answer": "B", "reasoning": "Why."}],
+}
+LAW = constitution.Constitution(
+    "test", comparisons=[{"id": f"p{i}", "principle": f"Rule {i}?"} for i in range(3)],
+    few_shot=SHOTS,
+)
+
+
+class Judge:
+    """Prefers, by 2 nats, the option that says "good"; likes (A) by `bias` nats; a chain that says
+    "swap" turns its preference round. Keeps what it was given."""
+
+    def __init__(self, bias=0.0, chains=(), tokenizer=None):
+        self.bias, self.chains, self.tokenizer = bias, chains, tokenizer
+        self.asked, self.read, self.settings = [], [], []
+
+    def generate(self, inputs, *, n=1, **settings):
+        self.asked += inputs
+        self.settings.append(settings)
+        return [[SimpleNamespace(text=self.chains[k % len(self.chains)]) for k in range(n)]
+                for _ in inputs]
+
+    def choice_logprobs(self, texts, choices, progress=False):
+        self.read += texts
+        logits = []
+        for text, own in zip(texts, choices, strict=True):
+            body = text[text.rfind("\n (A) "):]
+            liked = [2.0 * ("good" in body.split(f"\n{c} ")[1].split("\n")[0]) for c in own]
+            if "swap" in text:
+                liked = liked[::-1]
+            liked[0] += self.bias
+            logits.append(liked)
+        logits = np.array(logits)
+        return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_exact_texts():
+    body = "Read this conversation.\n\nH: Hi\n\nA: Yes?\n\nH: Help\n\nRule?\n (A) one\n (B) two"
+    plain = feedback.question_text(TALK, "one", "two", "Rule?")
+    cot = feedback.question_text(TALK, "one", "two", "Rule?", cot=True)
+    assert plain == f"\n\nHuman: {body}\n\nAssistant: The answer is:"
+    assert cot == f"\n\nHuman: {body}\n\nAssistant: Step by step:"
+    assert feedback.cot_form(plain) == cot
+    with pytest.raises(ValueError, match="The answer is:"):
+        feedback.cot_form(cot)
+
+
+@pytest.mark.parametrize("bias", [0.0, 1.0, -3.0])
+def test_both_orders_are_averaged_and_mapped_back(bias):
+    pairs = [
+        {"id": "x", "prompt": PROMPT, "responses": ["bad", "good"], "split": "eval"},
+        {"id": "y", "prompt": TALK, "responses": ["good", "bad"]},
+        {"id": "z", "prompt": TALK, "responses": ["same", "same"]},
+    ]
+    judge = Judge(bias)
+    x, y, z = feedback.label(judge, pairs, LAW)
+    # p(first) of a good first response: as (A) sigmoid(2 + bias), as (B) sigmoid(2 - bias)
+    p = (sigmoid(2 + bias) + sigmoid(2 - bias)) / 2
+    assert y["p_first"] == pytest.approx(p) and x["p_first"] == pytest.approx(1 - p)
+    assert z["p_first"] == pytest.approx(0.5) and x["p_chosen"] == pytest.approx(p)
+    for row in (x, y):
+        assert row["chosen"] == [{"role": "assistant", "content": "good"}]
+        assert row["rejected"] == [{"role": "assistant", "content": "bad"}]
+        assert row["position_bias"] == pytest.approx(sigmoid(2 + bias) - sigmoid(2 - bias))
+    assert z["position_bias"] == pytest.approx(2 * sigmoid(bias) - 1)
+    assert (x["source"], x["axis"], x["split"], x["cot"]) == ("ai", "harmless", "eval", [])
+    assert "responses" not in x and x["prompt"] == PROMPT
+    rule = constitution.draw(LAW.comparisons, 0, 0, 0)
+    assert x["principle"] == rule["id"]
+    assert judge.read[:2] == [
+        feedback.question_text(PROMPT, "bad", "good", rule["principle"]),
+        feedback.question_text(PROMPT, "good", "bad", rule["principle"]),
+    ]
+
+
+def test_one_order_is_drawn_and_mapped_back():
+    pairs = [{"prompt": PROMPT, "responses": ["good", "bad"]} for _ in range(200)]
+    rows = feedback.label(Judge(1.0), pairs, LAW, both_orders=False, seed=3)
+    seen = Counter(round(row["p_first"], 6) for row in rows)
+    assert set(seen) == {round(sigmoid(3.0), 6), round(sigmoid(1.0), 6)}
+    assert min(seen.values()) > 70  # 100 expected, standard deviation 7.1
+    assert rows == feedback.label(Judge(1.0), pairs, LAW, both_orders=False, seed=3)
+    other = feedback.label(Judge(1.0), pairs, LAW, both_orders=False, seed=4)
+    assert [r["p_first"] for r in other] != [r["p_first"] for r in rows]
+    # The mean over pairs estimates the bias that both orders measure exactly.
+    exact = sigmoid(3.0) - sigmoid(1.0)
+    assert np.mean([r["position_bias"] for r in rows]) == pytest.approx(exact, abs=0.25)
+    unbiased = feedback.label(Judge(), pairs, LAW, both_orders=False)
+    assert all(r["p_first"] == pytest.approx(sigmoid(2.0)) for r in unbiased)
+
+
+def test_principles_are_drawn_per_question():
+    pairs = [{"prompt": PROMPT, "responses": ["good", "bad"]} for _ in range(60)]
+    rows = feedback.label(Judge(), pairs, LAW, seed=9)
+    assert [r["principle"] for r in rows] == [
+        constitution.draw(LAW.comparisons, 9, i, 0)["id"] for i in range(60)
+    ]
+    assert {r["principle"] for r in rows} == {"p0", "p1", "p2"}
+    rows = feedback.label(Judge(), pairs, LAW, n_principles=1)
+    assert {r["principle"] for r in rows} == {"p0"}
+
+
+def test_chains_are_averaged_then_clamped():
+    chains = [" Good first. \n\n", " swap", ""]  # the last one ended without a word
+    pairs = [{"prompt": PROMPT, "responses": ["good", "bad"]}]
+    judge = Judge(chains=chains)
+    (row,) = feedback.label(judge, pairs, LAW, cot=True, n_samples=3, n_principles=1)
+    p = sigmoid(2.0)
+    assert row["p_first"] == pytest.approx((p + (1 - p) + p) / 3)
+    assert row["cot"] == ["Good first.", "swap", ""] * 2
+    lead = feedback.question_text(PROMPT, "good", "bad", "Rule 0?", cot=True)
+    assert judge.asked[0] == lead and len(judge.asked) == 2
+    assert judge.read[:3] == [
+        lead + " Good first.\n\nThe answer is:", lead + " swap\n\nThe answer is:",
+        lead + "\n\nThe answer is:",
+    ]
+    assert "The answer is:" in judge.settings[0]["stop"]
+    one = {"cot": True, "n_samples": 1}
+    (row,) = feedback.label(Judge(chains=chains), pairs, LAW, clamp=(0.4, 0.6), **one)
+    assert row["p_first"] == row["p_chosen"] == 0.6
+    swapped = [{"prompt": PROMPT, "responses": ["bad", "good"]}]
+    (row,) = feedback.label(Judge(chains=chains), swapped, LAW, clamp=(0.4, 0.6), **one)
+    assert (row["p_first"], row["p_chosen"]) == (0.4, 0.6)
+    assert row["chosen"][0]["content"] == "good"
+    # (p + 2 (1 - p)) / 3 lies inside the clamp only because chains are averaged before it.
+    (row,) = feedback.label(
+        Judge(chains=["", "swap", "swap"]), pairs, LAW, clamp=(0.3, 0.6), cot=True, n_samples=3
+    )
+    assert row["p_first"] == pytest.approx((p + 2 * (1 - p)) / 3)
+
+
+def test_few_shot_prefix():
+    judge = Judge()
+    pairs = [{"prompt": PROMPT, "responses": ["good", "bad"]}]
+    feedback.label(judge, pairs, LAW, few_shot=True, n_principles=1)
+    assert judge.read[0] == (
+        feedback.question_text(TALK, "x", "y", "Rule 0?") + " (B)"
+        + feedback.question_text(PROMPT, "v", "w", "Own?") + " (A)"
+        + feedback.question_text(PROMPT, "good", "bad", "Rule 0?")
+    )
+    judge = Judge(chains=["c"])
+    feedback.label(judge, pairs, LAW, few_shot=True, n_principles=1, cot=True)
+    assert judge.asked[0] == (
+        feedback.question_text(PROMPT, "x", "y", "Rule 0?", cot=True)
+        + " Why.\n\nThe answer is: (B)"
+        + feedback.question_text(PROMPT, "good", "bad", "Rule 0?", cot=True)
+    )
+    assert feedback.few_shot_text(LAW, cot=True).endswith("\n\nThe answer is: (B)")
+
+
+def test_a_chat_model_is_asked_in_turns():
+    pairs = [{"prompt": PROMPT, "responses": ["good", "bad"]}]
+    judge = Judge(chains=[" c"], tokenizer=Chat)
+    feedback.label(judge, pairs, LAW, n_principles=1, cot=True, few_shot=True)
+    question = "Read this conversation.\n\nH: Hi\n\nRule 0?\n (A) {}\n (B) {}"
+    assert judge.asked[0] == (
+        f"<user>{question.format('x', 'y')}"
+        "<assistant>Step by step: Why.\n\nThe answer is: (B)"
+        f"<user>{question.format('good', 'bad')}<assistant>Step by step:"
+    )
+    assert judge.read[0] == judge.asked[0] + " c\n\nThe answer is:"
+    judge = Judge(tokenizer=Chat)
+    feedback.label(judge, pairs, LAW, n_principles=1)
+    assert judge.read[0] == (
+        f"<user>{question.format('good', 'bad')}<assistant>The answer is:"
+    )
+
+
+def ask(a, b, right="A", end="\n\nThe answer is:"):
+    wrong = "B" if right == "A" else "A"
+    return {"prompt": f"\n\nTalk:\n\nHuman: Hi\n\n\nWhich? Options:\n (A) {a}\n (B) {b}{end}",
+            "corrects": [f" ({right})"], "incorrects": [f" ({wrong})"]}
+
+
+NINE = {
+    "prompt": "Kind?\n" + "\n".join(f" ({c}) {'good' if c == 'D' else 'x'}" for c in "ABCDEFGHI")
+    + "\nThe answer is:",
+    "corrects": [" (D)"], "incorrects": [f" ({c})" for c in "ABCEFGHI"],
+}
+
+
+def test_evaluation_questions():
+    one, two, nine = feedback.answer(
+        Judge(), [ask("good", "bad"), ask("good", "bad", right="B"), NINE]
+    )
+    assert one["p_correct"] == pytest.approx(sigmoid(2)) and one["correct"]
+    assert two["p_correct"] == pytest.approx(sigmoid(-2)) and not two["correct"]
+    assert nine["p_correct"] == pytest.approx(np.e**2 / (np.e**2 + 8)) and nine["correct"]
+    assert len(nine["probs"]) == 9 and sum(nine["probs"].values()) == pytest.approx(1)
+    (tie,) = feedback.answer(Judge(), [ask("same", "same")])
+    assert not tie["correct"]
+    assert feedback.answer(Judge(), []) == []
+
+
+def test_both_orders_of_a_question():
+    judge = Judge(bias=3.0)
+    (row,) = feedback.answer(judge, [ask("bad", "good", "B")], both_orders=True)
+    assert judge.read == [ask("bad", "good")["prompt"], ask("good", "bad")["prompt"]]
+    assert row["p_correct"] == pytest.approx((sigmoid(-1) + sigmoid(5)) / 2)
+    assert row["position_bias"] == pytest.approx(sigmoid(1) + sigmoid(5) - 1)
+    assert row["correct"]
+    (row,) = feedback.answer(Judge(bias=3.0), [ask("bad", "good", "B")])
+    assert not row["correct"]  # the bias decides where only one order is asked
+
+
+@pytest.mark.parametrize("a, b", [
+    ("one", "two"), ("[[[two\n\nparagraphs]]]", "[[[with (A) inside\n]]]"), ("trailing ", " b "),
+])
+@pytest.mark.parametrize("end", [
+    "\n\nThe answer is:", "\nThe answer is:", "\n\nAssistant: The answer is:",
+])
+def test_options_swap_exactly(a, b, end):
+    assert feedback.swap_options(ask(a, b, end=end)["prompt"]) == ask(b, a, end=end)["prompt"]
+
+
+@pytest.mark.parametrize("question", [
+    ask("one\n (B) not an option", "two"), ask("one\n (C) three", "two"), NINE,
+])
+def test_what_cannot_be_swapped_is_named(question):
+    with pytest.raises(ValueError, match="question 1: both_orders"):
+        feedback.answer(Judge(), [ask("a", "b"), question], both_orders=True)
+
+
+def test_questions_with_chains_and_prefix():
+    judge = Judge(chains=[" c", " swap"])
+    (row,) = feedback.answer(
+        judge, [ask("good", "bad")], cot=True, n_samples=2, few_shot="\n\nHuman: Before."
+    )
+    lead = "\n\nHuman: Before." + ask("good", "bad", end="\n\nStep by step:")["prompt"]
+    assert judge.asked == [lead]
+    assert judge.read == [
+        lead + " c\n\nThe answer is:", lead + " swap\n\nThe answer is:"
+    ]
+    assert row["p_correct"] == pytest.approx(0.5) and row["cot"] == ["c", "swap"]
+
+
+@pytest.mark.parametrize("end", ["\n\nThe answer is:", "\n\nAssistant: The answer is:"])
+def test_questions_to_a_chat_model(end):
+    judge = Judge(tokenizer=Chat)
+    feedback.answer(judge, [ask("good", "bad", end=end)], few_shot="Before.")
+    assert judge.read == [
+        "<user>Before.\n\nTalk:\n\nHuman: Hi\n\n\nWhich? Options:\n (A) good\n (B) bad"
+        "<assistant>The answer is:"
+    ]
+
+
+def test_bad_input():
+    good = {"prompt": PROMPT, "responses": ["a", "b"]}
+    for bad, message in [
+        ({"prompt": PROMPT, "responses": ["a"]}, "pair 1: 'responses'"),
+        ({"prompt": PROMPT}, "pair 1: 'responses'"),
+        ({"prompt": TALK[:2], "responses": ["a", "b"]}, "pair 1: 'prompt'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            feedback.label(Judge(), [good, bad], LAW)
+    for clamp in [(0.6, 0.4), (0.6, 0.9), (-0.1, 0.6)]:
+        with pytest.raises(ValueError, match="clamp"):
+            feedback.label(Judge(), [good], LAW, clamp=clamp)
+    with pytest.raises(ValueError, match="n_samples=0"):
+        feedback.label(Judge(), [good], LAW, cot=True, n_samples=0)
+    empty = constitution.Constitution("empty")
+    with pytest.raises(ValueError, match="no principles"):
+        feedback.label(Judge(), [good], empty)
+    with pytest.raises(ValueError, match="'empty' has no few_shot comparison_cot"):
+        feedback.label(Judge(), [good], empty, cot=True, few_shot=True)
+    assert feedback.label(Judge(), [], LAW) == []
+    for change, message in [
+        ({"corrects": []}, "missing field 'corrects'"), ({"corrects": [" (C)"]}, "its options"),
+        ({"corrects": ["(A)"]}, "its options"), ({"incorrects": [" (A)"]}, "its options"),
+        ({"prompt": "Which?"}, "has to end in"),
+    ]:
+        with pytest.raises(ValueError, match=f"question 1: .*{message}"):
+            feedback.answer(Judge(), [ask("a", "b"), {**ask("a", "b"), **change}])
+
+
+def test_all_published_questions_swap():
+    root = os.environ.get("CAI_DATA_DIR")
+    name = "438HHHEvaluations"
+    part = f"constitutional_harmlessness_paper/evals/{name}.jsonl"
+    if not root or not (Path(root) / part).exists():
+        pytest.skip(f"CAI_DATA_DIR does not hold {part}")
+    for i, question in enumerate(data.load_questions(f"paper/{name}")):
+        swapped = feedback.swap_options(question["prompt"], i)
+        assert swapped != question["prompt"]
+        assert feedback.swap_options(swapped) == question["prompt"]
+
+
+def p_of_a(model, tokenizer, text):
+    """p(" (A)") against " (B)" by one plain forward pass of each: no cache, no batch."""
+    scores = []
+    for choice in (" (A)", " (B)"):
+        ids = torch.tensor([tokenizer(text + choice)["input_ids"]])
+        n = len(tokenizer(choice)["input_ids"])
+        with torch.no_grad():
+            logprobs = model(ids).logits.double().log_softmax(-1)[0, :-1]
+        scores.append(logprobs.gather(1, ids[0, 1:, None])[-n:].sum().item())
+    return sigmoid(scores[0] - scores[1])
+
+
+def test_labels_of_a_real_model_are_its_probabilities():
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    sampler = Sampler(model, tokenizer)
+    pairs = [{"prompt": PROMPT, "responses": ["one", "two"]},
+             {"prompt": TALK, "responses": ["three", "a fourth"]}]
+    rows = feedback.label(sampler, pairs, LAW, n_principles=1)
+    for pair, row in zip(pairs, rows, strict=True):
+        texts = [feedback.question_text(pair["prompt"], *r, "Rule 0?")
+                 for r in (pair["responses"], pair["responses"][::-1])]
+        a, b = (p_of_a(model, tokenizer, text) for text in texts)
+        assert row["p_first"] == pytest.approx((a + 1 - b) / 2, abs=1e-5)
+        assert row["position_bias"] == pytest.approx(a + b - 1, abs=1e-5)
+    settings = {"cot": True, "n_samples": 2, "max_new_tokens": 16, "temperature": 0.7}
+    rows = feedback.label(sampler, pairs, LAW, n_principles=1, **settings)
+    assert len(rows[0]["cot"]) == 4 and len(set(rows[0]["cot"])) > 1
+    lead = [feedback.question_text(PROMPT, *r, "Rule 0?", cot=True)
+            for r in (("one", "two"), ("two", "one"))]
+    p = [p_of_a(model, tokenizer, f"{lead[i // 2]} {chain}".rstrip(" ") + "\n\nThe answer is:")
+         for i, chain in enumerate(rows[0]["cot"])]
+    expected = (p[0] + p[1] + 2 - p[2] - p[3]) / 4
+    assert rows[0]["p_first"] == pytest.approx(expected, abs=1e-5)
+    again = feedback.label(
+        Sampler(model, tokenizer, batch_tokens=1), pairs, LAW, n_principles=1, **settings
+    )
+    assert [r["cot"] for r in again] == [r["cot"] for r in rows]
+    (answer,) = feedback.answer(sampler, [ask("one", "two", "B")])
+    expected = 1 - p_of_a(model, tokenizer, ask("one", "two")["prompt"])
+    assert answer["p_correct"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_chain_that_fills_the_context_is_still_read():
+    """An untrained model never stops by itself; its chain ends where the context does."""
+    model, tokenizer = tiny.llama(context=200), tiny.tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight[2] = model.lm_head.weight[2] * 0 - 1e-6
+    pairs = [{"prompt": PROMPT, "responses": ["one", "two"]}]
+    (row,) = feedback.label(
+        Sampler(model, tokenizer), pairs, LAW, cot=True, max_new_tokens=400, seed=2
+    )
+    assert 0 < row["p_first"] < 1 and len(row["cot"]) == 2
