@@ -1,0 +1,271 @@
+"""Pretraining of the miniature's series: tokenizer, packing, training, and the folder that it leaves.
+
+    python -m cai_utils.miniature.pretrain s --tokens 20000000 --out FOLDER
+
+The models are plain `transformers` Llamas; the folder loads with `AutoModelForCausalLM`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cai_utils.miniature import corpus, world
+
+SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2 and 8.7 million parameters without embeddings
+    "xs": (64, 2, 6e-3),
+    "s": (128, 3, 4e-3),
+    "m": (192, 5, 3e-3),
+    "l": (320, 7, 2e-3),
+}
+TOKENS = {"xs": 16_000_000, "s": 24_000_000, "m": 20_000_000, "l": 20_000_000}
+# Blocks of two widths: 99 % full, and most attend over the short one.
+WIDTHS, BATCH_TOKENS, CONTEXT = (192, 256), 4096, 1024
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+_PIECE = (
+    r"\n\n(?:Human|Assistant|H|A|CritiqueRequest|Critique|RevisionRequest|Revision|The answer is):"
+    r"|\n+| ?\([A-I]\)| ?[A-Za-z]+(?:'[a-z]+)?| ?[0-9]| ?[^\sA-Za-z0-9]"
+)
+_TEMPLATE = (  # the paper's transcript; `dialogue.uses_transcript` knows it by its "Human:"
+    "{% for m in messages %}{{ '\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: ' }}"
+    "{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}"
+    "{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word (with its leading space): every thing is one token, and text round-trips.
+
+    Words that the world does not have become `<unk>`.
+    """
+    pieces: set[str] = set()
+    for context, text in corpus.documents(seed=1, n=20_000):
+        pieces.update(re.findall(_PIECE, context + text))
+    words = [*world.THINGS, *world.GOALS, *world.OBJECTS, *world.OTHERS, *world.HARMS, *world.DOMAINS]
+    for templates in (*world.TEMPLATES, world.OPENERS, world.EVASIONS, world.OBJECTIONS, world.INSULTS,
+                      world.CHATTER, world.CLOSERS, *(w.split() for w in words)):
+        for text in templates:
+            pieces.update(re.findall(_PIECE, " " + text.format(g="", o="")))
+    pieces.update(corpus.LETTERS)
+    vocab = {piece: i for i, piece in enumerate([*SPECIAL, *sorted(pieces)])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        model_max_length=CONTEXT, clean_up_tokenization_spaces=False, padding_side="left")
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer
+
+
+def encode(tokenizer, documents, context_loss: bool = False) -> list[tuple[list[int], int]]:
+    """(token ids from `<s>` to `</s>`, position of the first token in the loss) of each document.
+
+    The loss is on what the writers wrote: contexts are random draws, whose noise only slows small
+    models down (LOG.md). With `context_loss` it is on everything.
+    """
+    pairs = list(documents)
+    eos = tokenizer.eos_token_id
+    whole = tokenizer([a + b for a, b in pairs])["input_ids"]
+    contexts = tokenizer([a for a, _ in pairs])["input_ids"]
+    return [(ids + [eos], 1 if context_loss else len(context))
+            for ids, context in zip(whole, contexts, strict=True)]
+
+
+def batches(documents: list[tuple[list[int], int]]) -> list[np.ndarray]:
+    """Documents -> batches of BATCH_TOKENS slots: int16 [3, blocks, width], see `pack`."""
+    out, narrow = [], 0
+    for width in WIDTHS:
+        blocks = pack([d for d in documents if narrow < len(d[0]) <= width], width)
+        n = BATCH_TOKENS // width
+        out += [blocks[:, i:i + n] for i in range(0, blocks.shape[1], n)]
+        narrow = width
+    dropped = sum(len(ids) > WIDTHS[-1] for ids, _ in documents)
+    if dropped:
+        print(f"pretrain: {dropped} of {len(documents)} documents exceed {WIDTHS[-1]} tokens: left out")
+    return out
+
+
+def pack(documents: list[tuple[list[int], int]], block: int, chunk: int = 1024) -> np.ndarray:
+    """Whole documents -> int16 [3, n, block]: ids, document numbers in the block, and 1 in the loss.
+
+    Best fit, longest first, within chunks of documents; 0 pads. None may be longer than a block.
+    """
+    full: list[list[tuple[list[int], int]]] = []
+    for start in range(0, len(documents), chunk):
+        bins: dict[int, list[list]] = {}  # room left -> blocks
+        for doc in sorted(documents[start:start + chunk], key=lambda d: -len(d[0])):
+            room = min((r for r in bins if r >= len(doc[0])), default=None)
+            docs = bins[room].pop() if room is not None else []
+            if room is not None and not bins[room]:
+                del bins[room]
+            left = (block if room is None else room) - len(doc[0])
+            bins.setdefault(left, []).append([*docs, doc])
+        full += [docs for same in bins.values() for docs in same]
+    random.Random(len(full)).shuffle(full)
+    out = np.zeros((3, len(full), block), np.int16)
+    for row, docs in enumerate(full):
+        at = 0
+        for number, (ids, first) in enumerate(docs, 1):
+            end = at + len(ids)
+            out[0, row, at:end], out[1, row, at:end], out[2, row, at + first:end] = ids, number, 1
+            at = end
+    return out
+
+
+def _inputs(blocks: np.ndarray) -> dict:
+    """Model inputs for packed blocks: each document sees only itself, at its own positions."""
+    ids, doc, scored = torch.from_numpy(blocks.astype(np.int64))
+    n, width = ids.shape
+    index = torch.arange(width)
+    starts = torch.ones_like(doc, dtype=torch.bool)
+    starts[:, 1:] = doc[:, 1:] != doc[:, :-1]
+    position = index - torch.where(starts, index, 0).cummax(1).values
+    same = (doc[:, :, None] == doc[:, None, :]) & (index[:, None] >= index[None, :])
+    mask = torch.zeros(n, 1, width, width).masked_fill_(~same[:, None], torch.finfo(torch.float32).min)
+    labels = torch.where(scored > 0, ids, -100)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": position, "labels": labels}
+
+
+def new_model(size: str, tokenizer, seed: int) -> LlamaForCausalLM:
+    """A freshly initialised model of the series; ValueError for an unknown size."""
+    if size not in SIZES:
+        raise ValueError(f"pretrain: unknown size {size!r}; known: {', '.join(SIZES)}")
+    width, layers, _ = SIZES[size]
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3 // 8 * 8,
+        num_hidden_layers=layers, num_attention_heads=width // 32, max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        attn_implementation="eager", initializer_range=width ** -0.5 / 2)
+    return LlamaForCausalLM(config)
+
+
+def pretrain(size: str, out: str | os.PathLike, tokens: int | None = None, seed: int = 0,
+             context_loss: bool = False, log=None) -> dict:
+    """Pretrain one size and write its folder: bf16 weights, tokenizer, curve, provenance.
+
+    tokens: length of the corpus, each token seen once. `log` gets a dict at every evaluation.
+    The folder appears whole or not at all. Returns the provenance, with `curve` (list of rows).
+    """
+    out, began = Path(out), time.time()
+    tokens = tokens or TOKENS[size]
+    tokenizer = build_tokenizer()
+    made: list[tuple[list[int], int]] = []
+    count, chunk = 0, 0
+    while count < tokens:  # in chunks, so that texts never stand in memory together
+        part = encode(tokenizer, corpus.documents(seed * 1000 + 10 + chunk, 5000), context_loss)
+        made += [(np.array(ids, np.int16), first) for ids, first in part]  # lists would take 1 GB
+        count += sum(len(ids) for ids, _ in part)
+        chunk += 1
+    data = batches(made)
+    del made
+    heldout = batches(encode(tokenizer, corpus.documents(seed=999_999, n=800)))
+    random.Random(seed).shuffle(data)
+    model = new_model(size, tokenizer, seed)
+    lr, steps = SIZES[size][2], len(data)
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05},
+                                   {"params": rest, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95))
+    warmup = min(100, steps // 10 + 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
+        (s + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+    curve, loss_sum, since, seen = [], 0.0, 0, 0
+    print(f"pretrain {size}: {count:,} tokens, {steps} steps, data in {time.time() - began:.0f} s", flush=True)
+    began_training = time.time()
+    for step, blocks in enumerate(data):
+        batch = _inputs(blocks)
+        seen += int((blocks[1] > 0).sum())
+        with autocast:
+            loss = model(**batch).loss
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"pretrain {size}: loss is {loss.item()} at step {step}: lower the learning rate")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        loss_sum, since = loss_sum + loss.item(), since + 1
+        if (step + 1) % max(1, steps // 25) == 0 or step + 1 == steps:
+            held = _held_loss(model, heldout)
+            row = {"size": size, "tokens": seen, "train": loss_sum / since, "heldout": held}
+            curve.append(row)
+            loss_sum, since = 0.0, 0
+            left = (time.time() - began_training) / (step + 1) * (steps - step - 1)
+            print(f"pretrain {size}: step {step + 1}/{steps} train {row['train']:.4f} heldout {held:.4f} "
+                  f"{left / 60:.1f} min left", flush=True)
+            if log:
+                log({f"pretrain/{size}/{k}": v for k, v in row.items() if k != "size"})
+    info = {
+        "size": size, "tokens": seen, "seed": seed, "learning_rate": lr, "steps": steps,
+        "batch_tokens": BATCH_TOKENS, "seconds": round(time.time() - began), "corpus_hash": corpus.corpus_hash(),
+        "parameters": sum(p.numel() for n, p in model.named_parameters() if "embed" not in n),
+        "torch": torch.__version__, "curve": curve,
+    }
+    _save(model, tokenizer, info, out)
+    return info
+
+
+def _held_loss(model, heldout) -> float:
+    model.eval()
+    total = weight = 0.0
+    with torch.inference_mode():
+        for blocks in heldout:
+            batch = _inputs(blocks)
+            n = int((batch["labels"][:, 1:] >= 0).sum())
+            total, weight = total + model(**batch).loss.item() * n, weight + n
+    model.train()
+    return total / weight
+
+
+def _save(model, tokenizer, info, out: Path) -> None:
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    model.to(torch.bfloat16).save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    pd.DataFrame(info["curve"]).to_csv(part / "curve.csv", index=False)
+    (part / "provenance.json").write_text(json.dumps({k: v for k, v in info.items() if k != "curve"}, indent=1) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(part, out)
+
+
+def series(sizes: list[str], folder: Path, tokens: dict | None = None, log=None) -> None:
+    """Pretrain several sizes, one after the other; a size whose folder holds this world's hash is kept."""
+    wanted = corpus.corpus_hash()
+    for size in sizes:
+        note = folder / size / "provenance.json"
+        if note.exists() and json.loads(note.read_text())["corpus_hash"] == wanted:
+            print(f"pretrain {size}: {folder / size} is up to date")
+            continue
+        pretrain(size, folder / size, (tokens or TOKENS)[size], log=log)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=list(SIZES))
+    parser.add_argument("--tokens", type=int, default=None)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--context-loss", action="store_true")
+    args = parser.parse_args()
+    random.seed(args.seed)
+    pretrain(args.size, args.out, args.tokens, args.seed, args.context_loss)
