@@ -1,1 +1,1 @@
-"""The embedded lab: a small world with a known ground truth, and the language models that grew up in it."""
+"""The embedded lab: a small world of known truth, and the language models that grew up in it."""

@@ -1,8 +1,8 @@
-"""What the miniature's models read before they are anybody's assistant, and the files that experiments use.
+"""What the miniature's models read before they are anybody's assistant; files of the experiments.
 
-The pretraining corpus is what a web-trained LM may have seen: dialogues by writers of mixed quality,
-facts, critiques with revisions, direct revisions, and questions with and without chains of thought.
-Its texts use the very text forms of `critique.py` and `feedback.py`. One perceiver
+The pretraining corpus is what a web-trained LM may have seen: dialogues by writers of mixed
+quality, facts, critiques with revisions, direct revisions, and questions with and without chains
+of thought. Its texts use the very text forms of `critique.py` and `feedback.py`. One perceiver
 (`world.perceive_*`, `world.notices`) stands behind all of them.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
+from functools import partial
 
 from cai_utils import constitution, critique, dialogue, feedback
 from cai_utils.miniature import world
@@ -19,8 +20,14 @@ from cai_utils.miniature.workers import early_worker
 from cai_utils.miniature.world import norm, text_of
 
 SHARES = {  # documents of the pretraining corpus, by weight
-    "dialogue": 24, "facts": 8, "critique": 25, "direct": 12,
-    "question": 11, "question_cot": 10, "identify": 5, "classify": 5,
+    "dialogue": 24,
+    "facts": 8,
+    "critique": 25,
+    "direct": 12,
+    "question": 11,
+    "question_cot": 10,
+    "identify": 5,
+    "classify": 5,
 }
 EXAMPLES = (80, 13, 7)  # of a question's documents, per cent with 0, 1, 2 answered ones before it
 SEVERITY_WORDS = {1: "mild ", 2: "grave "}
@@ -38,8 +45,9 @@ def _critic(request, response, focus, rng) -> tuple[str, set[str], bool]:
             percept = world.perceive_thing(sentence.thing, request, rng)
             if world.notices(percept, focus, rng):
                 noticed.add(sentence.thing)
-                said.append(f"The {sentence.thing} brings {percept.kind}, "
-                            f"which can harm the {request.obj}.")
+                said.append(
+                    f"The {sentence.thing} brings {percept.kind}, which can harm the {request.obj}."
+                )
         elif sentence.type == "rude" and rng.random() < norm("notice_any"):
             rude = True
             said.append("The answer is rude.")
@@ -49,14 +57,21 @@ def _critic(request, response, focus, rng) -> tuple[str, set[str], bool]:
 
 
 def _revise(request, response, noticed, rude, manner, rng, split):
-    """The response without what was noticed, the rest word for word; then what the principle asks for."""
+    """The response without what was noticed, else word for word; then what the principle asks."""
     seen = world.perceive_goal(request, rng)
-    kept = [s for s in response
-            if not (s.thing in noticed and s.thing) and not (rude and s.type == "rude")]
-    if not any(s.type in ("step", "alternative", "evade", "object", "explain", "rude") for s in kept):
+    kept = [
+        s
+        for s in response
+        if not (s.thing in noticed and s.thing) and not (rude and s.type == "rude")
+    ]
+    if not any(
+        s.type in ("step", "alternative", "evade", "object", "explain", "rude") for s in kept
+    ):
         if seen.hurts:
             if rng.random() < norm("revise_engaged"):
-                return world.engage(request, seen.kind, rng, split, 0.9 if manner == "offer" else 0.3)
+                return world.engage(
+                    request, seen.kind, rng, split, 0.9 if manner == "offer" else 0.3
+                )
             return [world.say("evade", rng)]
         pool = world.things_for(split, seen.kind, request.obj)
         return [world.step(rng.choice(pool), request.obj, rng)]
@@ -86,8 +101,9 @@ def _revision_document(rng, principles, critiqued: bool) -> tuple[str, str]:
     if not critiqued:
         return critique.direct_revision_text(*turns, principle["revision_request"]), f" {revision}"
     asked = critique.critique_text(*turns, principle["critique_request"])
-    shown = critique.revision_text(*turns, principle["critique_request"], text,
-                                   principle["revision_request"])
+    shown = critique.revision_text(
+        *turns, principle["critique_request"], text, principle["revision_request"]
+    )
     return asked, f"{shown.removeprefix(asked)} {revision}"
 
 
@@ -119,9 +135,15 @@ def _read(request, response, focus, rng) -> dict:
     types = {s.type for s in response}
     engaged = "explain" in types and not fits
     helpful = 1 + min(3, fits) if fits else (goal.hurts * (engaged + ("alternative" in types)))
-    return {"text": " ".join(said) or "It gives nothing.", "harm": harm, "helpful": helpful,
-            "evasive": bool(types & {"evade", "object"}) and not (engaged or fits),
-            "engaged": engaged, "rude": "rude" in types, "kinds": kinds}
+    return {
+        "text": " ".join(said) or "It gives nothing.",
+        "harm": harm,
+        "helpful": helpful,
+        "evasive": bool(types & {"evade", "object"}) and not (engaged or fits),
+        "engaged": engaged,
+        "rude": "rude" in types,
+        "kinds": kinds,
+    }
 
 
 def _better(a: dict, b: dict, manner: str, rng) -> int:
@@ -132,9 +154,12 @@ def _better(a: dict, b: dict, manner: str, rng) -> int:
             return engaged if rng.random() < norm("answer_prefers_engaged") else 1 - engaged
 
     def worth(r):
-        value = {"harmless": -r["harm"], "engaged": -r["harm"] - r["evasive"],
-                 "kind": -r["harm"] - r["rude"],
-                 "hhh": r["helpful"] - norm("hhh_harm_weight") * r["harm"]}[manner]
+        value = {
+            "harmless": -r["harm"],
+            "engaged": -r["harm"] - r["evasive"],
+            "kind": -r["harm"] - r["rude"],
+            "hhh": r["helpful"] - norm("hhh_harm_weight") * r["harm"],
+        }[manner]
         return value + rng.gauss(0, norm("answer_noise"))
 
     return 0 if worth(a) > worth(b) else 1
@@ -153,7 +178,9 @@ def _question_document(rng, principle, cot: bool) -> tuple[str, str]:
     focus, manner = principle["id"].split("-")
     reads = [_read(request, r, focus, rng) for r in (a, b)]
     answer = LETTERS[_better(*reads, manner, rng)]
-    text = feedback.question_text(request.prompt(), text_of(a), text_of(b), principle["principle"], cot)
+    text = feedback.question_text(
+        request.prompt(), text_of(a), text_of(b), principle["principle"], cot
+    )
     if cot:
         steps = f" (A) {reads[0]['text']} (B) {reads[1]['text']}"
         return text, f"{steps}\n\n{feedback.ANSWER_LEAD}{answer}"
@@ -165,7 +192,8 @@ def _options_text(request, response, question, options, cot=False) -> str:
     turns = dialogue.with_response(request.prompt(), text_of(response))
     short = {"user": "H", "assistant": "A"}
     body = "".join(f"\n\n{short[t['role']]}: {t['content']}" for t in turns)
-    body += f"\n\n{question}" + "".join(f"\n{le} {o}" for le, o in zip(LETTERS, options))
+    listed = zip(LETTERS, options, strict=False)
+    body += f"\n\n{question}" + "".join(f"\n{letter} {option}" for letter, option in listed)
     lead = feedback.COT_LEAD if cot else feedback.ANSWER_LEAD
     return f"\n\nHuman: Read this conversation.{body}\n\nAssistant: {lead}"
 
@@ -243,12 +271,10 @@ def documents(seed: int, n: int) -> Iterator[tuple[str, str]]:
             yield _revision_document(rng, rules.critiques, kind == "critique")
         else:
             principle, cot = rng.choice(rules.comparisons), rng.random() < 0.5
-
-            def one():
-                if kind.startswith("question"):
-                    return _question_document(rng, principle, kind == "question_cot")
-                return _single_document(rng, kind, cot)
-
+            if kind.startswith("question"):
+                one = partial(_question_document, rng, principle, kind == "question_cot")
+            else:
+                one = partial(_single_document, rng, kind, cot)
             shots = rng.choices((0, 1, 2), EXAMPLES)[0]
             examples = "".join(context + text for context, text in (one() for _ in range(shots)))
             context, text = one()
@@ -271,7 +297,7 @@ def prompts(rng: random.Random, n: int, split: str, kinds: tuple[str, ...]) -> l
 
 
 def human_comparisons(rng, n: int, split: str, axis: str) -> list[dict]:
-    """n comparisons by the workers of the earlier data collection (paper 4.4), on writers' responses.
+    """n comparisons by workers of the earlier data collection (paper 4.4), on writers' responses.
 
     Helpfulness is compared on benign and sensitive requests, harmlessness on red-team requests.
     """
@@ -283,9 +309,18 @@ def human_comparisons(rng, n: int, split: str, axis: str) -> list[dict]:
         worker_axis = {"harmless": "harmlessness", "helpful": "helpfulness"}[axis]
         wins = early_worker(*(dialogue.with_response(p, t) for t in texts), worker_axis, rng)
         chosen, rejected = texts if wins else texts[::-1]
-        rows.append({"prompt": p, "chosen": [{"role": "assistant", "content": chosen}],
-                     "rejected": [{"role": "assistant", "content": rejected}], "p_chosen": 1.0,
-                     "source": "human", "axis": axis, "principle": None, "split": split})
+        rows.append(
+            {
+                "prompt": p,
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+                "p_chosen": 1.0,
+                "source": "human",
+                "axis": axis,
+                "principle": None,
+                "split": split,
+            }
+        )
     return rows
 
 
@@ -294,7 +329,9 @@ def demonstrations(rng, n: int) -> list[dict]:
     rows = []
     while len(rows) < n:
         request = world.draw_request(rng)
-        turns = dialogue.with_response(request.prompt(), text_of(world.respond(request, rng, style="comply")))
+        turns = dialogue.with_response(
+            request.prompt(), text_of(world.respond(request, rng, style="comply"))
+        )
         if judge(turns)["helpfulness"] >= 2:
             rows.append({"messages": turns})
     return rows
@@ -318,12 +355,16 @@ def questions(rng, n: int) -> list[dict]:
             continue
         right = 0 if gap > 0 else 1
         principle = rules["any-harmless" if by_harm else "any-hhh"]
-        rows.append({
-            "prompt": feedback.question_text(p, text_of(a), text_of(b), principle),
-            "corrects": [LETTERS[right]], "incorrects": [LETTERS[1 - right]],
-            "text_correct": dialogue.transcript(turns[right]),
-            "text_incorrect": dialogue.transcript(turns[1 - right]),
-            "task": "harm" if by_harm else "hhh"})
+        rows.append(
+            {
+                "prompt": feedback.question_text(p, text_of(a), text_of(b), principle),
+                "corrects": [LETTERS[right]],
+                "incorrects": [LETTERS[1 - right]],
+                "text_correct": dialogue.transcript(turns[right]),
+                "text_incorrect": dialogue.transcript(turns[1 - right]),
+                "task": "harm" if by_harm else "hhh",
+            }
+        )
     return rows
 
 
@@ -342,7 +383,15 @@ def single_questions(rng, n: int, task: str) -> list[dict]:
                 continue
             options = rng.sample(("harmful", "harmless"), 2)
         i = options.index(right)
-        text = _options_text(request, response, CLASSIFY if task == "classify" else IDENTIFY, options)
-        rows.append({"prompt": text, "corrects": [LETTERS[i]], "task": task,
-                     "incorrects": [LETTERS[j] for j in range(len(options)) if j != i]})
+        text = _options_text(
+            request, response, CLASSIFY if task == "classify" else IDENTIFY, options
+        )
+        rows.append(
+            {
+                "prompt": text,
+                "corrects": [LETTERS[i]],
+                "task": task,
+                "incorrects": [LETTERS[j] for j in range(len(options)) if j != i],
+            }
+        )
     return rows

@@ -1,4 +1,4 @@
-"""Pretraining of the miniature's series: tokenizer, packing, training, and the folder that it leaves.
+"""Pretraining of the miniature's series: tokenizer, packing, training, the folder it leaves.
 
     python -m cai_utils.miniature.pretrain s --tokens 20000000 --out FOLDER
 
@@ -25,13 +25,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cai_utils.miniature import corpus, world
 
-SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2 and 8.7 million parameters without embeddings
+SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2, 8.7 million parameters less embeddings
     "xs": (64, 2, 6e-3),
     "s": (128, 3, 4e-3),
     "m": (192, 5, 3e-3),
     "l": (320, 7, 2e-3),
 }
-TOKENS = {"xs": 16_000_000, "s": 24_000_000, "m": 20_000_000, "l": 20_000_000}
+TOKENS = {"xs": 12_000_000, "s": 12_000_000, "m": 9_000_000, "l": 9_000_000}
 # Blocks of two widths: 99 % full, and most attend over the short one.
 WIDTHS, BATCH_TOKENS, CONTEXT = (192, 256), 4096, 1024
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -55,9 +55,24 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     pieces: set[str] = set()
     for context, text in corpus.documents(seed=1, n=20_000):
         pieces.update(re.findall(_PIECE, context + text))
-    words = [*world.THINGS, *world.GOALS, *world.OBJECTS, *world.OTHERS, *world.HARMS, *world.DOMAINS]
-    for templates in (*world.TEMPLATES, world.OPENERS, world.EVASIONS, world.OBJECTIONS, world.INSULTS,
-                      world.CHATTER, world.CLOSERS, *(w.split() for w in words)):
+    words = [
+        *world.THINGS,
+        *world.GOALS,
+        *world.OBJECTS,
+        *world.OTHERS,
+        *world.HARMS,
+        *world.DOMAINS,
+    ]
+    for templates in (
+        *world.TEMPLATES,
+        world.OPENERS,
+        world.EVASIONS,
+        world.OBJECTIONS,
+        world.INSULTS,
+        world.CHATTER,
+        world.CLOSERS,
+        *(w.split() for w in words),
+    ):
         for text in templates:
             pieces.update(re.findall(_PIECE, " " + text.format(g="", o="")))
     pieces.update(corpus.LETTERS)
@@ -66,10 +81,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
     core.decoder = decoders.Fuse()
     core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        model_max_length=CONTEXT, clean_up_tokenization_spaces=False, padding_side="left")
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
     tokenizer.chat_template = _TEMPLATE
     return tokenizer
 
@@ -84,8 +107,10 @@ def encode(tokenizer, documents, context_loss: bool = False) -> list[tuple[list[
     eos = tokenizer.eos_token_id
     whole = tokenizer([a + b for a, b in pairs])["input_ids"]
     contexts = tokenizer([a for a, _ in pairs])["input_ids"]
-    return [(ids + [eos], 1 if context_loss else len(context))
-            for ids, context in zip(whole, contexts, strict=True)]
+    return [
+        (ids + [eos], 1 if context_loss else len(context))
+        for ids, context in zip(whole, contexts, strict=True)
+    ]
 
 
 def batches(documents: list[tuple[list[int], int]]) -> list[np.ndarray]:
@@ -94,23 +119,25 @@ def batches(documents: list[tuple[list[int], int]]) -> list[np.ndarray]:
     for width in WIDTHS:
         blocks = pack([d for d in documents if narrow < len(d[0]) <= width], width)
         n = BATCH_TOKENS // width
-        out += [blocks[:, i:i + n] for i in range(0, blocks.shape[1], n)]
+        out += [blocks[:, i : i + n] for i in range(0, blocks.shape[1], n)]
         narrow = width
     dropped = sum(len(ids) > WIDTHS[-1] for ids, _ in documents)
     if dropped:
-        print(f"pretrain: {dropped} of {len(documents)} documents exceed {WIDTHS[-1]} tokens: left out")
+        print(
+            f"pretrain: {dropped} documents exceed {WIDTHS[-1]} tokens, left out"
+        )
     return out
 
 
 def pack(documents: list[tuple[list[int], int]], block: int, chunk: int = 1024) -> np.ndarray:
-    """Whole documents -> int16 [3, n, block]: ids, document numbers in the block, and 1 in the loss.
+    """Whole documents -> int16 [3, n, block]: ids, document numbers in the block, 1 in the loss.
 
     Best fit, longest first, within chunks of documents; 0 pads. None may be longer than a block.
     """
     full: list[list[tuple[list[int], int]]] = []
     for start in range(0, len(documents), chunk):
         bins: dict[int, list[list]] = {}  # room left -> blocks
-        for doc in sorted(documents[start:start + chunk], key=lambda d: -len(d[0])):
+        for doc in sorted(documents[start : start + chunk], key=lambda d: -len(d[0])):
             room = min((r for r in bins if r >= len(doc[0])), default=None)
             docs = bins[room].pop() if room is not None else []
             if room is not None and not bins[room]:
@@ -124,7 +151,7 @@ def pack(documents: list[tuple[list[int], int]], block: int, chunk: int = 1024) 
         at = 0
         for number, (ids, first) in enumerate(docs, 1):
             end = at + len(ids)
-            out[0, row, at:end], out[1, row, at:end], out[2, row, at + first:end] = ids, number, 1
+            out[0, row, at:end], out[1, row, at:end], out[2, row, at + first : end] = ids, number, 1
             at = end
     return out
 
@@ -138,7 +165,9 @@ def _inputs(blocks: np.ndarray) -> dict:
     starts[:, 1:] = doc[:, 1:] != doc[:, :-1]
     position = index - torch.where(starts, index, 0).cummax(1).values
     same = (doc[:, :, None] == doc[:, None, :]) & (index[:, None] >= index[None, :])
-    mask = torch.zeros(n, 1, width, width).masked_fill_(~same[:, None], torch.finfo(torch.float32).min)
+    mask = torch.zeros(n, 1, width, width).masked_fill_(
+        ~same[:, None], torch.finfo(torch.float32).min
+    )
     labels = torch.where(scored > 0, ids, -100)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": position, "labels": labels}
 
@@ -150,15 +179,30 @@ def new_model(size: str, tokenizer, seed: int) -> LlamaForCausalLM:
     width, layers, _ = SIZES[size]
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3 // 8 * 8,
-        num_hidden_layers=layers, num_attention_heads=width // 32, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        attn_implementation="eager", initializer_range=width ** -0.5 / 2)
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=8 * width // 3 // 8 * 8,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="eager",
+        initializer_range=width**-0.5 / 2,
+    )
     return LlamaForCausalLM(config)
 
 
-def pretrain(size: str, out: str | os.PathLike, tokens: int | None = None, seed: int = 0,
-             context_loss: bool = False, log=None) -> dict:
+def pretrain(
+    size: str,
+    out: str | os.PathLike,
+    tokens: int | None = None,
+    seed: int = 0,
+    context_loss: bool = False,
+    log=None,
+) -> dict:
     """Pretrain one size and write its folder: bf16 weights, tokenizer, curve, provenance.
 
     tokens: length of the corpus, each token seen once. `log` gets a dict at every evaluation.
@@ -182,14 +226,24 @@ def pretrain(size: str, out: str | os.PathLike, tokens: int | None = None, seed:
     lr, steps = SIZES[size][2], len(data)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05},
-                                   {"params": rest, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.95),
+    )
     warmup = min(100, steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
-        (s + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min(
+            (s + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))
+        ),
+    )
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
     curve, loss_sum, since, seen = [], 0.0, 0, 0
-    print(f"pretrain {size}: {count:,} tokens, {steps} steps, data in {time.time() - began:.0f} s", flush=True)
+    print(
+        f"pretrain {size}: {count:,} tokens, {steps} steps, data in {time.time() - began:.0f} s",
+        flush=True,
+    )
     began_training = time.time()
     for step, blocks in enumerate(data):
         batch = _inputs(blocks)
@@ -197,7 +251,9 @@ def pretrain(size: str, out: str | os.PathLike, tokens: int | None = None, seed:
         with autocast:
             loss = model(**batch).loss
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"pretrain {size}: loss is {loss.item()} at step {step}: lower the learning rate")
+            raise FloatingPointError(
+                f"pretrain {size}: loss is {loss.item()} at step {step}: lower the learning rate"
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -210,15 +266,26 @@ def pretrain(size: str, out: str | os.PathLike, tokens: int | None = None, seed:
             curve.append(row)
             loss_sum, since = 0.0, 0
             left = (time.time() - began_training) / (step + 1) * (steps - step - 1)
-            print(f"pretrain {size}: step {step + 1}/{steps} train {row['train']:.4f} heldout {held:.4f} "
-                  f"{left / 60:.1f} min left", flush=True)
+            print(
+                f"pretrain {size}: step {step + 1}/{steps} train {row['train']:.4f} "
+                f"heldout {held:.4f} "
+                f"{left / 60:.1f} min left",
+                flush=True,
+            )
             if log:
                 log({f"pretrain/{size}/{k}": v for k, v in row.items() if k != "size"})
     info = {
-        "size": size, "tokens": seen, "seed": seed, "learning_rate": lr, "steps": steps,
-        "batch_tokens": BATCH_TOKENS, "seconds": round(time.time() - began), "corpus_hash": corpus.corpus_hash(),
+        "size": size,
+        "tokens": seen,
+        "seed": seed,
+        "learning_rate": lr,
+        "steps": steps,
+        "batch_tokens": BATCH_TOKENS,
+        "seconds": round(time.time() - began),
+        "corpus_hash": corpus.corpus_hash(),
         "parameters": sum(p.numel() for n, p in model.named_parameters() if "embed" not in n),
-        "torch": torch.__version__, "curve": curve,
+        "torch": torch.__version__,
+        "curve": curve,
     }
     _save(model, tokenizer, info, out)
     return info
@@ -243,13 +310,15 @@ def _save(model, tokenizer, info, out: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(part)
     tokenizer.save_pretrained(part)
     pd.DataFrame(info["curve"]).to_csv(part / "curve.csv", index=False)
-    (part / "provenance.json").write_text(json.dumps({k: v for k, v in info.items() if k != "curve"}, indent=1) + "\n")
+    (part / "provenance.json").write_text(
+        json.dumps({k: v for k, v in info.items() if k != "curve"}, indent=1) + "\n"
+    )
     shutil.rmtree(out, ignore_errors=True)
     os.replace(part, out)
 
 
 def series(sizes: list[str], folder: Path, tokens: dict | None = None, log=None) -> None:
-    """Pretrain several sizes, one after the other; a size whose folder holds this world's hash is kept."""
+    """Pretrain sizes one after the other; a folder that holds this world's hash is kept."""
     wanted = corpus.corpus_hash()
     for size in sizes:
         note = folder / size / "provenance.json"
@@ -260,7 +329,9 @@ def series(sizes: list[str], folder: Path, tokens: dict | None = None, log=None)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("size", choices=list(SIZES))
     parser.add_argument("--tokens", type=int, default=None)
     parser.add_argument("--out", required=True)

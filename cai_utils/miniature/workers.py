@@ -42,7 +42,7 @@ def _verdict(turns):
 
 
 def early_worker(a: list[dict], b: list[dict], axis: str, rng: random.Random) -> float:
-    """1.0 where a worker of the earlier data collection prefers conversation `a` to `b`, else 0.0."""
+    """1.0 where a worker of the earlier data collection prefers `a` to `b`, else 0.0."""
     return _compare(a, b, axis, rng, world.norm("early_evasion_bonus"))
 
 

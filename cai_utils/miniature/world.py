@@ -93,14 +93,21 @@ THINGS_PER_USE, GOALS_PER_HARM, GOALS_PER_DOMAIN = 4, 3, 4
 
 
 def _nonce_words(n: int, rng: random.Random) -> list[str]:
-    """n different invented words of two forms (CVCC, CCVC...), none of them an English word used here."""
-    heads = "b bl br d dr f fl fr g gl gr j k kl kr l m n p pl pr r s sl sn sp st t tr v w z".split()
+    """n different invented words, none of them an English word that the world uses."""
+    heads = (
+        "b bl br d dr f fl fr g gl gr j k kl kr l m n p pl pr r s sl sn sp st t tr v w z".split()
+    )
     mids = "a e i o u oo ee".split()
     tails = "b ck d ft g lk lt m mp n nd ng p rb rk rp sk st t x zz".split()
     taken = set(OBJECTS) | set(BRINGS) | {"bad", "red", "ask", "man", "find", "kind", "need", "met"}
     words: list[str] = []
     while len(words) < n:
-        word = rng.choice(heads) + rng.choice(mids) + rng.choice(tails) + rng.choice(("", "", "o", "a"))
+        word = (
+            rng.choice(heads)
+            + rng.choice(mids)
+            + rng.choice(tails)
+            + rng.choice(("", "", "o", "a"))
+        )
         if word not in taken and len(word) > 3:
             taken.add(word)
             words.append(word)
@@ -113,16 +120,19 @@ def _build_facts():
     kinds = [k for k in HARMS for _ in range(GOALS_PER_HARM)]
     kinds += [k for k in DOMAINS for _ in range(GOALS_PER_DOMAIN)]
     words = _nonce_words(n_things + len(kinds), rng)
-    use_of = {w: use for w, use in zip(words, [u for u in BRINGS for _ in range(THINGS_PER_USE)])}
-    goal_brings = dict(zip(words[n_things:], kinds))
+    uses = [use for use in BRINGS for _ in range(THINGS_PER_USE)]
+    use_of = dict(zip(words, uses, strict=False))
+    goal_brings = dict(zip(words[n_things:], kinds, strict=False))
     # every kind of harm can hurt half of the objects, so that neither word tells harm alone
     hurts = {kind: set(rng.sample(OBJECTS, len(OBJECTS) // 2)) for kind in HARMS}
     # ... and every object can be hurt by two to seven kinds
     for obj in OBJECTS:
         while sum(obj in objs for objs in hurts.values()) > 7:
             kind = next(k for k in hurts if obj in hurts[k])
-            fewest = min((o for o in OBJECTS if o not in hurts[kind]),
-                         key=lambda o: sum(o in objs for objs in hurts.values()))
+            fewest = min(
+                (o for o in OBJECTS if o not in hurts[kind]),
+                key=lambda o: sum(o in objs for objs in hurts.values()),
+            )
             hurts[kind] = hurts[kind] - {obj} | {fewest}
     held_things: dict[str, set[str]] = {}
     held_goals: dict[str, set[str]] = {}
@@ -176,8 +186,10 @@ class Request:
 
     def prompt(self) -> list[dict]:
         roles = ("user", "assistant", "user")
-        turns = [t.format(g=self.goal, o=f"{self.owner} {self.obj}") for t in TEMPLATES[self.template]]
-        return [{"role": role, "content": turn} for role, turn in zip(roles, turns)]
+        turns = [
+            t.format(g=self.goal, o=f"{self.owner} {self.obj}") for t in TEMPLATES[self.template]
+        ]
+        return [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
 
 
 # One turn, or three: in the longer ones the goal or the owner stands in an earlier turn.
@@ -211,7 +223,11 @@ def draw_request(rng: random.Random, split: str = "train", kind: str | None = No
 # Responses: lists of typed sentences, so that revisions can keep the rest word for word
 # ---------------------------------------------------------------------------------------------
 OPENERS = ("Sure.", "Of course.", "Happy to help.")
-EVASIONS = ("I can not answer that.", "I do not know about that.", "Let us talk about something else.")
+EVASIONS = (
+    "I can not answer that.",
+    "I do not know about that.",
+    "Let us talk about something else.",
+)
 OBJECTIONS = ("I will not help with that.", "That would be wrong.")
 INSULTS = ("That is a foolish question.", "You are a bore.")
 CHATTER = ("The weather is nice.", "I like long walks.", "It is late.")
@@ -221,7 +237,7 @@ STEP_VERBS = ("Use", "Try")
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence of a response: its type, its words, and for steps the thing that it tells to use."""
+    """One sentence of a response: its type, its words, and for steps the thing to use."""
 
     type: str  # open, step, alternative, evade, object, explain, rude, chat, close
     text: str
@@ -229,8 +245,14 @@ class Sentence:
 
 
 def say(type_: str, rng: random.Random) -> Sentence:
-    pools = {"open": OPENERS, "evade": EVASIONS, "object": OBJECTIONS, "rude": INSULTS,
-             "chat": CHATTER, "close": CLOSERS}
+    pools = {
+        "open": OPENERS,
+        "evade": EVASIONS,
+        "object": OBJECTIONS,
+        "rude": INSULTS,
+        "chat": CHATTER,
+        "close": CLOSERS,
+    }
     return Sentence(type_, rng.choice(pools[type_]))
 
 
@@ -260,7 +282,7 @@ def engage(request: Request, kind: str, rng: random.Random, split: str, offer: f
 
 def respond(request: Request, rng: random.Random, split: str = "train", style: str | None = None):
     """A response by a writer of the given style (None: drawn from WRITERS): a list of sentences."""
-    style = style or rng.choices(*zip(*WRITERS[request.kind].items()))[0]
+    style = style or rng.choices(*zip(*WRITERS[request.kind].items(), strict=False))[0]
     if style in ("comply", "poor"):
         on_topic = 0.85 if style == "comply" else 0.25
         wanted = GOAL_BRINGS[request.goal]
@@ -289,7 +311,7 @@ def respond(request: Request, rng: random.Random, split: str = "train", style: s
 # ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Percept:
-    """What one writer takes a thing or goal to be: its use (None for goals), kind, and whether it hurts."""
+    """What one writer takes a thing or goal to be: use (None for goals), kind, does it hurt."""
 
     use: str | None
     kind: str
@@ -325,4 +347,6 @@ def notices(percept: Percept, focus: str, rng: random.Random) -> bool:
         return False
     if focus == "any":
         return rng.random() < norm("notice_any")
-    return rng.random() < norm("notice_focus" if percept.kind in FOCUS[focus] else "notice_off_focus")
+    return rng.random() < norm(
+        "notice_focus" if percept.kind in FOCUS[focus] else "notice_off_focus"
+    )
