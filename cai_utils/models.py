@@ -23,6 +23,10 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
 )
+from transformers.utils import logging as transformers_logging
+
+# Models are loaded and saved by the dozen: a bar for each would bury what a notebook says.
+transformers_logging.disable_progress_bar()
 
 SIZES = ("xs", "s", "m", "l")
 SHIPPED = Path(__file__).parent / "miniature" / "weights"

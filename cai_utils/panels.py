@@ -39,8 +39,9 @@ METHODS = {
 _ALIASES = {"pretrainedlm": "pretrained", "rlcaicot": "RL-CAI with CoT",
             "rlcaiwcot": "RL-CAI with CoT", "helpful": "helpful RLHF", "helpfulpm": "helpful RLHF",
             "hh": "HH RLHF", "hhpm": "HH RLHF", "harmless": "SL-CAI", "harmlesspm": "SL-CAI"}
-OTHER = ["#332288", "#cc6677", "#44aa99", "#ddaa33", "#882255", "#88ccee", "#117733", "#999933",
-          "#aa4499"]
+# Those that look like a method's come last: one figure may show both.
+OTHER = ["#332288", "#cc6677", "#88ccee", "#882255", "#44aa99", "#ddaa33", "#117733", "#999933",
+         "#aa4499"]
 _MARKERS = "osD^vPX<>"
 DASHES = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))]
 _SIZES = ["xs", "s", "m", "l"]

@@ -15,7 +15,8 @@ ELO_AXES = {"helpfulness": "Helpfulness Elo", "harmlessness": "Harmlessness Elo"
 PM_AXES = {"harmlessness": "Harmlessness PM score", "helpfulness": "Helpfulness PM score",
            "HH": "HH PM score"}
 TRUE_AXES = {"harm": "True harm (0 to 4)", "harmlessness": "True harmlessness",
-             "helpfulness": "True helpfulness (0 to 4)", "HH": "True HH score"}
+             "helpfulness": "True helpfulness (0 to 4)", "HH": "True HH score",
+             "evasive": "Evasive share", "retained": "Harmless content kept"}
 RL_AXES = {"objective/scores": "PM score", "objective/kl": "KL to the start (nats)",
            "objective/entropy": "Entropy (nats)", "val/response_length": "Response length (tokens)"}
 EPISODES = "RL training sequences"
@@ -324,8 +325,8 @@ def sl_cai_n(df, note=panels.BARS):
     x = "revision" if "revision" in df else "n"
     df = panels.check(df, "sl_cai_n", [x, "estimate"], names, [*names, x])
     parts = list(df.groupby("axis", sort=False))
-    cols = min(3, len(parts))
-    fig, axes = panels.grid(-(-len(parts) // cols), cols)
+    cols = 2 if len(parts) == 4 else min(3, len(parts))
+    fig, axes = panels.grid(-(-len(parts) // cols), cols, height=1.9)
     for ax in axes.ravel()[len(parts):]:
         ax.set_axis_off()
     sizes = panels.sizes_of(df) if "size" in df else {}

@@ -265,6 +265,7 @@ def execute(root, notebook: str, params: dict, name: str) -> Path:
             kernel_name="python3",
             language="python",
             progress_bar=False,
+            start_timeout=300,  # seconds; a busy machine takes longer than the default 60
             stdout_file=_Prefixed(name),
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
