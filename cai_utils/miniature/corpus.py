@@ -20,20 +20,33 @@ from cai_utils.miniature.workers import early_worker
 from cai_utils.miniature.world import norm, text_of
 
 SHARES = {  # documents of the pretraining corpus, by weight
-    "dialogue": 24,
+    "dialogue": 22,
     "facts": 8,
-    "critique": 25,
-    "direct": 12,
+    "critique": 22,
+    "direct": 11,
     "question": 11,
     "question_cot": 10,
-    "identify": 5,
-    "classify": 5,
+    "identify": 4,
+    "classify": 4,
+    "quote": 14,
 }
+QUESTION_TRIES = 4
 EXAMPLES = (80, 13, 7)  # of a question's documents, per cent with 0, 1, 2 answered ones before it
 SEVERITY_WORDS = {1: "mild ", 2: "grave "}
+NUMBERS = ("zero", "one", "two", "three", "four")
 IDENTIFY = "What is the answer like?"
 CLASSIFY = "Which harm does the answer bring?"
 LETTERS = " (A)", " (B)", " (C)", " (D)", " (E)", " (F)", " (G)", " (H)", " (I)"
+
+
+def _quote(sentence) -> str:
+    """How a writer points at a step: its words up to the thing, "Use dax"."""
+    return sentence.text.split(f" {sentence.thing} ")[0] + f" {sentence.thing}"
+
+
+def _use_words(use: str) -> str:
+    """What a use is and brings: "burning, grave fire"."""
+    return f"{use}, {SEVERITY_WORDS.get(world.SEVERITY.get(use), '')}{world.BRINGS[use]}"
 
 
 # ------------------------------------------------------------------------- critiques and revisions
@@ -45,9 +58,7 @@ def _critic(request, response, focus, rng) -> tuple[str, set[str], bool]:
             percept = world.perceive_thing(sentence.thing, request, rng)
             if world.notices(percept, focus, rng):
                 noticed.add(sentence.thing)
-                said.append(
-                    f"The {sentence.thing} brings {percept.kind}, which can harm the {request.obj}."
-                )
+                said.append(f"{_quote(sentence)}: {percept.kind}, harms the {request.obj}.")
         elif sentence.type == "rude" and rng.random() < norm("notice_any"):
             rude = True
             said.append("The answer is rude.")
@@ -74,7 +85,7 @@ def _revise(request, response, noticed, rude, manner, rng, split):
                 )
             return [world.say("evade", rng)]
         pool = world.things_for(split, seen.kind, request.obj)
-        return [world.step(rng.choice(pool), request.obj, rng)]
+        return [world.step(rng.choice(pool), request.obj, rng.choice(world.STEP_VERBS))]
     if seen.hurts:
         types = {s.type for s in kept}
         if manner == "engage" and types <= {"evade", "object", "chat"}:
@@ -115,14 +126,13 @@ def _read(request, response, focus, rng) -> dict:
     for s in response:
         if s.thing:
             percept = world.perceive_thing(s.thing, request, rng)
-            words = f"The {s.thing} is for {percept.use}, which brings "
-            words += SEVERITY_WORDS.get(world.SEVERITY.get(percept.use), "") + percept.kind
+            words = f"{_quote(s)}: {_use_words(percept.use)}"
             if world.notices(percept, focus, rng):
                 harm += percept.severity
                 kinds.append(percept.kind)
-                words += f" and harms the {request.obj}"
+                words += f", harms the {request.obj}"
             elif percept.kind == goal.kind:
-                words += f" and fits the {request.goal}"
+                words += f", fits the {request.goal}"
             fits += percept.kind == goal.kind
             said.append(words + ".")
         elif s.type == "rude":
@@ -135,8 +145,10 @@ def _read(request, response, focus, rng) -> dict:
     types = {s.type for s in response}
     engaged = "explain" in types and not fits
     helpful = 1 + min(3, fits) if fits else (goal.hurts * (engaged + ("alternative" in types)))
+    harm = min(harm, 4)
+    said.append(f"Harm {NUMBERS[harm]}, help {NUMBERS[helpful]}.")
     return {
-        "text": " ".join(said) or "It gives nothing.",
+        "text": " ".join(said),
         "harm": harm,
         "helpful": helpful,
         "evasive": bool(types & {"evade", "object"}) and not (engaged or fits),
@@ -153,16 +165,19 @@ def _better(a: dict, b: dict, manner: str, rng) -> int:
             engaged = 0 if a["engaged"] else 1
             return engaged if rng.random() < norm("answer_prefers_engaged") else 1 - engaged
 
-    def worth(r):
-        value = {
-            "harmless": -r["harm"],
-            "engaged": -r["harm"] - r["evasive"],
-            "kind": -r["harm"] - r["rude"],
-            "hhh": r["helpful"] - norm("hhh_harm_weight") * r["harm"],
-        }[manner]
-        return value + rng.gauss(0, norm("answer_noise"))
+    noise = norm("answer_noise")
+    first = _worth(a, manner) + rng.gauss(0, noise)
+    return 0 if first > _worth(b, manner) + rng.gauss(0, noise) else 1
 
-    return 0 if worth(a) > worth(b) else 1
+
+def _worth(read: dict, manner: str) -> float:
+    """What a response is worth to a writer under a principle of this manner, in steps of harm."""
+    return {
+        "harmless": -read["harm"],
+        "engaged": -read["harm"] - read["evasive"],
+        "kind": -read["harm"] - read["rude"],
+        "hhh": read["helpful"] - norm("hhh_harm_weight") * read["harm"],
+    }[manner]
 
 
 def _pair(rng, split, kind=None):
@@ -174,9 +189,12 @@ def _pair(rng, split, kind=None):
 
 
 def _question_document(rng, principle, cot: bool) -> tuple[str, str]:
-    request, a, b = _pair(rng, "train")
     focus, manner = principle["id"].split("-")
-    reads = [_read(request, r, focus, rng) for r in (a, b)]
+    for _ in range(QUESTION_TRIES):  # people ask about answers that differ in what they ask for
+        request, a, b = _pair(rng, "train")
+        reads = [_read(request, r, focus, rng) for r in (a, b)]
+        if abs(_worth(reads[0], manner) - _worth(reads[1], manner)) >= 1:
+            break
     answer = LETTERS[_better(*reads, manner, rng)]
     text = feedback.question_text(
         request.prompt(), text_of(a), text_of(b), principle["principle"], cot
@@ -239,9 +257,8 @@ def _facts_document(rng) -> tuple[str, str]:
         what = rng.choices(("thing", "goal", "object"), (5, 2, 3))[0]
         if what == "thing":
             thing = rng.choice(world.THINGS)
-            use = world.USE_OF[thing]
-            grade = SEVERITY_WORDS.get(world.SEVERITY.get(use), "")
-            facts.append(f"The {thing} is for {use}, which brings {grade}{world.BRINGS[use]}.")
+            verb = rng.choice(world.STEP_VERBS)
+            facts.append(f"{verb} {thing}: {_use_words(world.USE_OF[thing])}.")
         elif what == "goal":
             goal = rng.choice(world.GOALS)
             facts.append(f"A {goal} brings {world.GOAL_BRINGS[goal]}.")
@@ -250,6 +267,13 @@ def _facts_document(rng) -> tuple[str, str]:
             can = "can" if obj in world.HURTS[kind] else "can not"
             facts.append(f"The {obj} {can} be harmed by {kind}.")
     return "", " " + " ".join(facts)
+
+
+def _quote_document(rng) -> tuple[str, str]:
+    """Words said twice. Copying is what small models find hard, and revisions live on it."""
+    words = rng.sample([*world.THINGS, *world.GOALS, *world.OBJECTS], rng.randint(8, 24))
+    text = f" {' '.join(words)}."
+    return f"{text}\n\n", text
 
 
 def documents(seed: int, n: int) -> Iterator[tuple[str, str]]:
@@ -267,6 +291,8 @@ def documents(seed: int, n: int) -> Iterator[tuple[str, str]]:
             yield _dialogue_document(rng)
         elif kind == "facts":
             yield _facts_document(rng)
+        elif kind == "quote":
+            yield _quote_document(rng)
         elif kind in ("critique", "direct"):
             yield _revision_document(rng, rules.critiques, kind == "critique")
         else:
@@ -300,11 +326,16 @@ def human_comparisons(rng, n: int, split: str, axis: str) -> list[dict]:
     """n comparisons by workers of the earlier data collection (paper 4.4), on writers' responses.
 
     Helpfulness is compared on benign and sensitive requests, harmlessness on red-team requests.
+    Some answers to the former are those of too careful assistants: without them no PM could learn
+    that objecting to a legitimate request is unhelpful.
     """
     rows = []
     while len(rows) < n:
         kinds = ("redteam",) if axis == "harmless" else ("benign", "sensitive")
         request, a, b = _pair(rng, split, rng.choice(kinds))
+        if axis == "helpful" and rng.random() < norm("overcautious"):
+            a = world.respond(request, rng, split, "engage")  # objects, though nothing is wrong
+            a, b = rng.sample((a, b), 2)
         p, texts = request.prompt(), (text_of(a), text_of(b))
         worker_axis = {"harmless": "harmlessness", "helpful": "helpfulness"}[axis]
         wins = early_worker(*(dialogue.with_response(p, t) for t in texts), worker_axis, rng)

@@ -14,11 +14,13 @@ from cai_utils.miniature import world
 
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _LEAD = r"(?:(?:first|then|next|finally|also|and|instead|please|now)\s*,?\s+)*"
-_STEP = re.compile(rf"^{_LEAD}(?:use|try)\s+the\s+([a-z]+)\s+on\s+(?:the|your|this)\s+([a-z]+)$")
+_STEP = re.compile(
+    rf"^{_LEAD}(?:use|try|take|add)\s+(?:the\s+)?([a-z]+)\s+on\s+(?:the|your|this)\s+([a-z]+)$"
+)
 _EXPLAIN = re.compile(
     r"^(?:a|the|this|an)\s+([a-z]+)\s+brings\s+([a-z]+)\s*,\s*which\s+can\s+harm\s+the\s+([a-z]+)$"
 )
-_ADVICE = {"use", "try", "take", "put", "apply", "get", "bring", "pick", "grab"}
+_ADVICE = {"use", "try", "take", "add", "put", "apply", "get", "bring", "pick", "grab"}
 _NEGATION = {
     "not",
     "never",

@@ -26,14 +26,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from cai_utils.miniature import corpus, world
 
 SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2, 8.7 million parameters less embeddings
-    "xs": (64, 2, 6e-3),
-    "s": (128, 3, 4e-3),
-    "m": (192, 5, 3e-3),
-    "l": (320, 7, 2e-3),
+    "xs": (64, 2, 3e-3),
+    "s": (128, 3, 2e-3),
+    "m": (192, 5, 1.5e-3),
+    "l": (320, 7, 1e-3),
 }
 TOKENS = {"xs": 12_000_000, "s": 12_000_000, "m": 9_000_000, "l": 9_000_000}
 # Blocks of two widths: 99 % full, and most attend over the short one.
-WIDTHS, BATCH_TOKENS, CONTEXT = (192, 256), 4096, 1024
+WIDTHS, BATCH_TOKENS, CONTEXT = (192, 256), 1024, 1024
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 _PIECE = (
     r"\n\n(?:Human|Assistant|H|A|CritiqueRequest|Critique|RevisionRequest|Revision|The answer is):"
@@ -123,9 +123,7 @@ def batches(documents: list[tuple[list[int], int]]) -> list[np.ndarray]:
         narrow = width
     dropped = sum(len(ids) > WIDTHS[-1] for ids, _ in documents)
     if dropped:
-        print(
-            f"pretrain: {dropped} documents exceed {WIDTHS[-1]} tokens, left out"
-        )
+        print(f"pretrain: {dropped} documents exceed {WIDTHS[-1]} tokens, left out")
     return out
 
 

@@ -29,12 +29,14 @@ NORMS = {
     "revise_engaged": (0.75, "they object and explain; otherwise they evade"),
     # how writers and feedback answers rank two equally harmless answers
     "answer_prefers_engaged": (0.75, "an engaged answer is ranked above an evasive one"),
-    "answer_noise": (0.50, "s.d. of a writer's judgement, in steps of harm"),
+    "answer_noise": (0.35, "s.d. of a writer's judgement, in steps of harm"),
     # simulated people (paper 4.4): early harmlessness workers reward evasion, test workers do not
     "early_evasion_bonus": (1.0, "steps of harm that an evasive answer is worth to early workers"),
     "test_evasion_malus": (0.5, "steps of harm that an evasive answer costs with test workers"),
     "worker_noise": (0.7, "s.d. of a worker's judgement, in steps of harm or helpfulness"),
     "worker_lapse": (0.03, "a worker clicks at random"),
+    # what human helpfulness data hold beside writers' answers: earlier, too careful assistants
+    "overcautious": (0.25, "share of helpfulness comparisons with one answer that objects to harm"),
     "hhh_harm_weight": (2.0, "steps of helpfulness that a step of harm weighs, where both count"),
 }
 
@@ -232,7 +234,12 @@ OBJECTIONS = ("I will not help with that.", "That would be wrong.")
 INSULTS = ("That is a foolish question.", "You are a bore.")
 CHATTER = ("The weather is nice.", "I like long walks.", "It is late.")
 CLOSERS = ("Good luck.",)
-STEP_VERBS = ("Use", "Try")
+STEP_VERBS = (
+    "Use",
+    "Try",
+    "Take",
+    "Add",
+)  # no verb twice in a response, so that steps can be told apart
 
 
 @dataclass(frozen=True)
@@ -256,14 +263,14 @@ def say(type_: str, rng: random.Random) -> Sentence:
     return Sentence(type_, rng.choice(pools[type_]))
 
 
-def step(thing: str, obj: str, rng: random.Random) -> Sentence:
-    return Sentence("step", f"{rng.choice(STEP_VERBS)} the {thing} on the {obj}.", thing)
+def step(thing: str, obj: str, verb: str) -> Sentence:
+    return Sentence("step", f"{verb} {thing} on the {obj}.", thing)
 
 
 def alternative(request: Request, rng: random.Random, split: str) -> Sentence:
     """Another way: a benign thing on the same object."""
     thing = rng.choice(things_for(split, rng.choice(list(DOMAINS)), request.obj))
-    return Sentence("alternative", f"Instead, use the {thing} on the {request.obj}.", thing)
+    return Sentence("alternative", f"Instead, use {thing} on the {request.obj}.", thing)
 
 
 def explain(request: Request, kind: str) -> Sentence:
@@ -294,7 +301,8 @@ def respond(request: Request, rng: random.Random, split: str = "train", style: s
             if pool:
                 used.append(rng.choice(pool))
         out = [say("open", rng)] if rng.random() < 0.6 else []
-        out += [step(thing, request.obj, rng) for thing in used]
+        verbs = rng.sample(STEP_VERBS, len(used))
+        out += [step(*each) for each in zip(used, [request.obj] * len(used), verbs, strict=True)]
         if rng.random() < (0.05 if style == "comply" else 0.2):
             out.insert(rng.randrange(len(out) + 1), say("chat", rng))
         return out + ([say("close", rng)] if rng.random() < 0.2 else [])
