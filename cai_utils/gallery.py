@@ -1,0 +1,181 @@
+"""The gallery of a profile: figures/<profile>/README.md, written from the saved tables alone.
+
+    python -m cai_utils.gallery --profile miniature
+
+Each figure stands with what the paper claims and, from the table of paired differences beside it,
+what this run says, with 95 % intervals. The interval alone decides the words: above 0, below 0, or
+undecided.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import pandas as pd
+
+from cai_utils.params import check_profile
+from cai_utils.provenance import atomic, repo_root
+
+# figure, title, what the paper claims, [(table, what is measured)]
+FIGURES = [
+    (
+        "fig04_harm_identification",
+        "Figure 4: telling the better answer",
+        "Accuracy rises with model size; chain of thought helps the larger models, five averaged "
+        "chains a little more; PMs trained on human labels are ahead.",
+        [("fig04_differences", "accuracy")],
+    ),
+    (
+        "fig12_identify_classify",
+        "Figure 12: is it harmful, and which harm is it",
+        "Few-shot examples and chain of thought help; classification improves with size.",
+        [],
+    ),
+    ("pm_accuracy", "Preference models on human labels", "Reference for all that follows.", []),
+    (
+        "fig05_revisions",
+        "Figure 5: scores by number of revisions",
+        "Harmlessness rises with every revision, most with the first; helpfulness falls, HH rises.",
+        [("fig05_differences", "change of the score with a revision")],
+    ),
+    (
+        "chains_truth",
+        "What the revisions keep",
+        "Beside Figure 5: a model that forgets what it was revising looks harmless.",
+        [],
+    ),
+    (
+        "fig07_critique_ablation",
+        "Figure 7: critiqued against direct revisions",
+        "Critiqued revisions are more harmless, most for small models.",
+        [("fig07_differences", "critiqued less direct, on the same prompts")],
+    ),
+    (
+        "sl_cai_n",
+        "SL-CAI-n (section 3.3)",
+        "SL-CAI is more harmless than the helpful assistant, and more helpful and more harmless "
+        "than the pretrained LM.",
+        [("sl_cai_differences", "paired differences")],
+    ),
+    (
+        "fig09_calibration",
+        "Figure 9: calibration of AI labels",
+        "Labels are well calibrated; those with chain of thought are over-confident: clamped.",
+        [
+            ("calibration_errors", "calibration"),
+            ("label_kinds_differences", "accuracy of the PMs that learn from the labels"),
+        ],
+    ),
+    (
+        "fig08_elo_training",
+        "Figure 8: Elo along RL training",
+        "Helpful RLHF becomes more helpful and more harmful; RL-CAI becomes more harmless.",
+        [],
+    ),
+    (
+        "fig02_elo_frontier",
+        "Figure 2: harmlessness against helpfulness",
+        "At the same helpfulness RL-CAI is more harmless than RLHF on human labels.",
+        [],
+    ),
+    (
+        "fig03_elo_scaling",
+        "Figure 3: Elo by model size",
+        "RL-CAI is the most harmless at every size.",
+        [("truth_differences", "the truth about the final models, on the same prompts")],
+    ),
+    ("pretraining_curves", "Pretraining of the series", "", []),
+]
+
+
+def _verdict(row) -> str:
+    if not row["ci_low"] == row["ci_low"]:  # nan: too few units for an interval
+        return "no interval"
+    return "above 0" if row["ci_low"] > 0 else "below 0" if row["ci_high"] < 0 else "undecided"
+
+
+def _table(frame: pd.DataFrame) -> list[str]:
+    labels = [c for c in frame if c not in ("estimate", "ci_low", "ci_high", "n", "parameters")]
+    frame = frame.dropna(axis=1, how="all")
+    labels = [c for c in labels if c in frame]
+    lines = [
+        "| " + " | ".join([*labels, "estimate [95 % interval]", "n", ""]) + " |",
+        "|" + "---|" * (len(labels) + 3),
+    ]
+    for _, row in frame.iterrows():
+        named = ["" if pd.isna(row[c]) else str(row[c]) for c in labels]
+        number = f"{row['estimate']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+        lines.append("| " + " | ".join([*named, number, f"{row['n']:g}", _verdict(row)]) + " |")
+    return lines
+
+
+def write(profile: str, root=None) -> str:
+    """Write figures/<profile>/README.md; returns its text.
+
+    `figures/<profile>/NOTES.md`, where there is one, is put before the figures: it is the place for
+    what a person saw in them. FileNotFoundError where the profile has no results yet.
+    """
+    root = root or repo_root()
+    results, folder = root / "runs" / profile / "results", root / "figures" / profile
+    drawn = [f for f in FIGURES if (folder / f"{f[0]}.png").is_file()]
+    if not drawn or not results.is_dir():
+        raise FileNotFoundError(f"{profile} has no figures yet: run make figures PROFILE={profile}")
+    text = [f"# The figures of the reference run: `{profile}`", ""]
+    notes = folder / "NOTES.md"
+    if notes.is_file():
+        text += [notes.read_text(encoding="utf-8").strip(), ""]
+    for page in sorted(folder.glob("*_chains.md")):
+        text += [
+            f"[{page.stem}]({page.name}): prompt, response, critiques and revisions to read.",
+            "",
+        ]
+    commits = set()
+    for name, title, claim, tables in drawn:
+        text += [f"## {title}", ""]
+        text += [f"*The paper:* {claim}", ""] if claim else []
+        text += [
+            f"![{title}]({name}.png)",
+            "",
+            f"[PDF]({name}.pdf) · `runs/{profile}/results/{name}.csv`",
+            "",
+        ]
+        for table, what in tables:
+            path = results / f"{table}.csv"
+            if path.is_file():
+                frame = pd.read_csv(path)
+                text += [
+                    "<details><summary>" + f"{what}: {len(frame)} rows" + "</summary>",
+                    "",
+                    *_table(frame),
+                    "",
+                    "</details>",
+                    "",
+                ]
+        record = results / f"{name}.provenance.json"
+        if record.is_file():
+            commits.add(json.loads(record.read_text())["git"]["commit"])
+    text += [
+        "Made at commit " + ", ".join(f"`{str(c)[:10]}`" for c in sorted(commits, key=str)) + "."
+    ]
+    text = "\n".join(text) + "\n"
+    with atomic(folder / "README.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m cai_utils.gallery", description=write.__doc__)
+    parser.add_argument("--profile", default="miniature", help="a folder of params/")
+    profile = parser.parse_args(arguments).profile
+    try:
+        root = repo_root()
+        write(check_profile(root, profile), root)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"figures/{profile}/README.md shows them")
+
+
+if __name__ == "__main__":
+    main()
