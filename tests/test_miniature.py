@@ -371,6 +371,17 @@ def test_a_packed_document_sees_only_itself(tokenizer):
                 assert torch.allclose(packed[row][torch.from_numpy(where)], alone, atol=2e-4)
 
 
+def test_pretraining_leaves_a_folder_that_loads_and_says_what_made_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "QUOTES", 100)
+    info = pretrain.pretrain("xs", tmp_path / "xs", tokens=20_000)
+    assert info["curve"][-1]["heldout"] < info["curve"][0]["heldout"]
+    model, tokenizer = models.load(tmp_path / "xs")
+    assert model.config.vocab_size == len(tokenizer) and tokenizer.padding_side == "left"
+    note = json.loads((tmp_path / "xs" / "provenance.json").read_text())
+    assert note["corpus_hash"] == corpus.corpus_hash() and note["tokens"] >= 20_000
+    assert not list(tmp_path.glob("*.part"))
+
+
 def test_unknown_size_is_one_clear_error(tokenizer):
     with pytest.raises(ValueError, match="xs, s, m, l"):
         pretrain.new_model("xxl", tokenizer, 0)

@@ -307,6 +307,12 @@ def documents(seed: int, n: int) -> Iterator[tuple[str, str]]:
             yield examples + context, text
 
 
+def quotes(seed: int, n: int) -> Iterator[tuple[str, str]]:
+    """n documents of words said twice: what a model reads first, to learn to copy early."""
+    rng = random.Random(seed)
+    return (_quote_document(rng) for _ in range(n))
+
+
 def corpus_hash(seed: int = 0, n: int = 2000) -> str:
     """SHA-256 of the first documents: what ties shipped weights to the world that they learned."""
     return hashlib.sha256("\x00".join(a + b for a, b in documents(seed, n)).encode()).hexdigest()
