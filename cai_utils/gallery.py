@@ -111,6 +111,31 @@ def _table(frame: pd.DataFrame) -> list[str]:
     return lines
 
 
+TRUTH = {  # columns of the table of final models: kind of prompt and measure
+    ("redteam", "harm"): "harm, red-team (0 to 4)",
+    ("redteam", "evasive"): "evasive, red-team",
+    ("benign", "helpfulness"): "helpful, benign (0 to 4)",
+    ("sensitive", "helpfulness"): "helpful, sensitive (0 to 4)",
+}
+
+
+def _models(frame: pd.DataFrame) -> list[str]:
+    """What the ground truth says of each final model: a row per size and model."""
+    frame = frame[[pair in TRUTH for pair in zip(frame["kind"], frame["measure"])]]
+    lines = [
+        "| size | model | " + " | ".join(TRUTH.values()) + " |",
+        "|" + "---|" * (len(TRUTH) + 2),
+    ]
+    for (size, method), rows in frame.groupby(["size", "method"], sort=False):
+        rows = rows.set_index(["kind", "measure"])
+        cells = [
+            f"{row['estimate']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+            for row in (rows.loc[pair] for pair in TRUTH if pair in rows.index)
+        ]
+        lines.append(f"| {size} | {method} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def write(profile: str, root=None) -> str:
     """Write figures/<profile>/README.md; returns its text.
 
@@ -141,6 +166,9 @@ def write(profile: str, root=None) -> str:
             f"[PDF]({name}.pdf) · `runs/{profile}/results/{name}.csv`",
             "",
         ]
+        if name == "fig03_elo_scaling" and (results / "truth_by_model.csv").is_file():
+            text += ["The ground truth about the models that play, with 95 % intervals:", ""]
+            text += [*_models(pd.read_csv(results / "truth_by_model.csv")), ""]
         for table, what in tables:
             path = results / f"{table}.csv"
             if path.is_file():

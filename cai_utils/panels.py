@@ -13,7 +13,14 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    FixedFormatter,
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+)
 from scipy import stats as sps
 
 STYLE = {
@@ -244,6 +251,14 @@ def whole_axis(ax, label, values):
     ax.set_xlim(min(values) - 0.3, max(values) + 0.3)
 
 
+def loss_axis(ax):
+    """A logarithmic y axis for losses, with plain numbers on it."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
 def by_size(ax, df, hue, chance=None):
     """Estimate against parameters, one line per value of column `hue`."""
     low, high = _parameter_limits(df["parameters"])
@@ -271,13 +286,17 @@ def calibration_panel(ax, df, hue):
            xlabel="Predicted probability", ylabel="Observed frequency")
 
 
-def running(ax, x, y, label, color, dashes="-", low=None, high=None):
+def running(ax, x, y, label, color, dashes="-", low=None, high=None, log=False):
     """A noisy curve: the values faintly, their running mean, and a band around that mean.
 
     The band is the 95 % interval of the mean of a window, from the spread of the values around it.
+    With `log` both are those of the logarithm, so that a falling loss keeps a band above 0.
     -> the window, 0 where the table brings its own interval, 1 where there are too few points.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
+    back = np.exp if log else np.asarray
+    if log:
+        y, low, high = (v if v is None else np.log(np.asarray(v, float)) for v in (y, low, high))
     window, middle = (0 if low is not None else 1), y
     if low is None and len(y) >= ENOUGH:
         window = max(3, len(y) // 10)
@@ -288,10 +307,11 @@ def running(ax, x, y, label, color, dashes="-", low=None, high=None):
         count = pd.Series(y).rolling(window, center=True, min_periods=1).count().to_numpy()
         half = spread * sps.t.ppf(0.975, near.count().to_numpy() - 1) / np.sqrt(count)
         low, high = middle - half, middle + half
-        ax.plot(x, y, color=color, linewidth=0.5, alpha=0.35)
+        ax.plot(x, back(y), color=color, linewidth=0.5, alpha=0.35)
     if low is not None:
-        ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0).set_gid("interval")
-    ax.plot(x, middle, color=color, linestyle=dashes, label=label)
+        band = ax.fill_between(x, back(low), back(high), color=color, alpha=0.2, linewidth=0)
+        band.set_gid("interval")
+    ax.plot(x, back(middle), color=color, linestyle=dashes, label=label)
     return window
 
 

@@ -106,6 +106,8 @@ def fig05_revisions(df, note=panels.BARS):
     df = panels.check(df, name, ["parameters", "revision", "estimate"], names,
                       [*names, "revision"])
     df, rows = _measures(df, name)
+    if len(rows) == 1 and len(rows[0]) == 4:  # side by side they would be too small to read
+        rows = [rows[0][:2], rows[0][2:]]
     sizes, cols = panels.sizes_of(df), max(map(len, rows))
     fig, axes = panels.grid(len(rows), cols)
     span = panels.extent(df["revision"])
@@ -229,8 +231,10 @@ def accuracy_by_size(df, calibration=None, chance=0.5,
     for ax, (tested, d) in zip(axes[0], parts):
         panels.by_size(ax, d, "method", chance)
         ax.set(ylabel="Accuracy", title=None if tested is None else f"{tested} comparisons")
-        if ax is not axes[0, 0]:
-            ax.sharey(axes[0, 0])
+    shown = axes[0, : len(parts)]
+    limits = [ax.get_ylim() for ax in shown]
+    for ax in shown:  # one scale, that of the widest panel
+        ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     if calibration is not None:
         d = panels.check(calibration, f"{name}, calibration", ["bin", "mean_p", "estimate"],
                          ["labels"], ["labels", "bin"])
@@ -260,8 +264,9 @@ def pretraining_curves(df, note=None):
         if len(d):
             own = len(ends) == 2 and d[ends].notna().any(axis=None)
             windows.add(panels.running(ax, d["tokens"] / 1e6, d["loss"], text, color, dashes,
-                                       *([d[c] for c in ends] if own else [])))
+                                       *([d[c] for c in ends] if own else []), log=True))
     for ax, split in zip(axes[0], splits):
+        panels.loss_axis(ax)
         ax.set(xlabel="Tokens (millions)", title=str(split) if len(splits) > 1 else None)
     axes[0, 0].set_ylabel("Loss (nats per token)")
     panels.legend(fig, axes, note or panels.band_note(windows))

@@ -3,12 +3,16 @@
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 
 from cai_utils import dialogue, models
-from cai_utils.miniature import corpus, pretrain, workers, world
+from cai_utils.miniature import corpus, files, pretrain, workers, world
 from cai_utils.miniature.judge import hhh, judge, read_request, retained
+from cai_utils.params import read_params
+
+ROOT = Path(__file__).parents[1]
 
 
 def some_request(kind="redteam", seed=0, split="train", template=None):
@@ -234,6 +238,7 @@ ASKED = [  # a request as it stands in a transcript, a question or a file, by te
     )
     for turns in world.TEMPLATES
 ]
+ASKED.append(re.compile(r"Can a (?P<g>[a-z]+) harm [a-z' ]+? (?P<o>[a-z]+)\?"))  # a fact of a plan
 
 
 def pairs_in(text):
@@ -246,21 +251,35 @@ def test_the_check_for_held_out_pairs_finds_them():
         request = some_request(seed=seed, split="eval", template=seed % len(world.TEMPLATES))
         for text in (dialogue.transcript(request.prompt()), json.dumps(request.prompt())):
             assert pairs_in(text)[1] == {(request.goal, request.obj)}
+        plan = f"Can a {request.goal} harm {request.owner} {request.obj}? Yes."
+        assert pairs_in(plan)[1] == {(request.goal, request.obj)}
     assert (
         pairs_in("Use the moot on the shed.")[0] == {("moot", "shed")} or "moot" not in world.USE_OF
     )
 
 
+def test_the_facts_of_the_corpus_are_those_of_the_world():
+    text = " ".join(b for a, b in corpus.documents(seed=5, n=8000) if not a)
+    kinds = re.findall(r"Can ([a-z]+) harm the ([a-z]+)\? (Yes|No)\.", text)
+    assert {(k, o): yes == "Yes" for k, o, yes in kinds} == {
+        (k, o): o in world.HURTS[k] for k in world.HARMS for o in world.OBJECTS
+    }
+    plans = re.findall(r"Can a ([a-z]+) harm ([a-z' ]+?) ([a-z]+)\? (Yes|No)\.", text)
+    assert {yes for *_, yes in plans} == {"Yes", "No"}
+    for goal, owner, obj, yes in plans:
+        assert world.hurts(world.GOAL_BRINGS[goal], obj, owner) == (yes == "Yes"), (goal, owner)
+
+
 def test_no_held_out_pair_stands_in_any_training_text():
     rng = random.Random(0)
     texts = [context + text for context, text in corpus.documents(seed=11, n=4000)]
-    texts += [json.dumps(r) for r in corpus.demonstrations(rng, 300)]
+    texts += [json.dumps(r) for r in files.demonstrations(rng, 300)]
     texts += [
         json.dumps(r)
         for axis in ("helpful", "harmless")
-        for r in corpus.human_comparisons(rng, 300, "train", axis)
+        for r in files.human_comparisons(rng, 300, "train", axis)
     ]
-    texts += [json.dumps(r) for r in corpus.prompts(rng, 500, "train", world.KINDS)]
+    texts += [json.dumps(r) for r in files.prompts(rng, 500, "train", world.KINDS)]
     found = [pairs_in(text) for text in texts]
     steps, requests = (set().union(*part) for part in zip(*found, strict=False))
     assert len(steps) > 1000 and len(requests) > 500, "too few found to mean anything"
@@ -270,17 +289,17 @@ def test_no_held_out_pair_stands_in_any_training_text():
 
 def test_evaluation_files_use_only_held_out_requests_and_steps():
     rng = random.Random(0)
-    for row in corpus.prompts(rng, 200, "eval", world.KINDS):
+    for row in files.prompts(rng, 200, "eval", world.KINDS):
         request = read_request(row["prompt"])
         assert request.goal in world.HELD_GOALS[request.obj]
-    for row in corpus.questions(rng, 60) + corpus.single_questions(rng, 30, "classify"):
+    for row in files.questions(rng, 60) + files.single_questions(rng, 30, "classify"):
         pairs = [(t, o) for t, o in STEP.findall(row["prompt"]) if t in world.USE_OF]
         assert pairs or "avoid" in row["prompt"] or row["task"] != "classify"
         assert all(t in world.HELD_THINGS[o] for t, o in pairs)
 
 
 def test_questions_are_judged_right_and_balanced():
-    rows = corpus.questions(random.Random(1), 200)
+    rows = files.questions(random.Random(1), 200)
     for row in rows:
         right, wrong = (
             judge(dialogue.parse_transcript(row[k])) for k in ("text_correct", "text_incorrect")
@@ -388,6 +407,10 @@ def test_unknown_size_is_one_clear_error(tokenizer):
 
 
 SHIPPED = sorted(p.name for p in models.SHIPPED.glob("*") if p.is_dir())
+
+
+def test_every_size_of_the_default_run_is_shipped():
+    assert set(read_params(ROOT / "params/miniature/_common.yaml")["sizes"]) <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("size", SHIPPED or ["xs"])

@@ -1,8 +1,8 @@
 """The miniature world: its facts, its requests, its responses, and every norm that is set by hand.
 
 Each *thing* is for one *use*; a use brings a kind of harm (with a severity) or a benign domain.
-Each *goal* brings one kind of harm or benign domain. A kind of harm can hurt some *objects* and
-not others, and whoever uses it on their own object hurts nobody. So harm follows from
+Each *goal* brings one kind of harm or benign domain. A kind of harm can hurt some groups of
+*objects* and not others, and whoever uses it on their own object hurts nobody. So harm follows from
 thing -> use -> kind -> object -> owner and never from a word alone, and the three kinds of request
 (benign, sensitive, red-team) share templates, objects and owners.
 
@@ -77,10 +77,13 @@ DOMAINS = {  # benign domain -> its two uses
     "comfort": ("padding", "heating"),
     "music": ("tuning", "humming"),
 }
-OBJECTS = (
-    "shed fence boat bike car tent garden letter diary phone "
-    "purse safe door window statue soup well picture song desk"
-).split()
+GROUPS = {  # objects of one group can be hurt by the same kinds of harm
+    "outdoors": "shed fence garden well tent".split(),
+    "household": "door window soup desk statue".split(),
+    "belongings": "boat bike car phone safe".split(),
+    "papers": "letter diary picture song purse".split(),
+}
+OBJECTS = tuple(obj for objects in GROUPS.values() for obj in objects)
 OTHERS = ("my neighbor's", "my boss's", "my sister's", "a stranger's", "the school's")
 OWN = "my"
 FOCUS = {  # what a principle may name: all harm, or three kinds
@@ -125,17 +128,13 @@ def _build_facts():
     uses = [use for use in BRINGS for _ in range(THINGS_PER_USE)]
     use_of = dict(zip(words, uses, strict=False))
     goal_brings = dict(zip(words[n_things:], kinds, strict=False))
-    # every kind of harm can hurt half of the objects, so that neither word tells harm alone
-    hurts = {kind: set(rng.sample(OBJECTS, len(OBJECTS) // 2)) for kind in HARMS}
-    # ... and every object can be hurt by two to seven kinds
-    for obj in OBJECTS:
-        while sum(obj in objs for objs in hurts.values()) > 7:
-            kind = next(k for k in hurts if obj in hurts[k])
-            fewest = min(
-                (o for o in OBJECTS if o not in hurts[kind]),
-                key=lambda o: sum(o in objs for objs in hurts.values()),
-            )
-            hurts[kind] = hurts[kind] - {obj} | {fewest}
+    # Every kind of harm can hurt half of the objects, so that neither word tells harm alone; by
+    # group and by focus, because 180 unrelated facts are more than small models learn (LOG.md).
+    hurts: dict[str, set[str]] = {}
+    while not hurts or {sum(o in objs for objs in hurts.values()) for o in OBJECTS} - {3, 6}:
+        for focus in ("force", "greed", "malice"):
+            objects = {obj for group in rng.sample(list(GROUPS), 2) for obj in GROUPS[group]}
+            hurts |= {kind: objects for kind in FOCUS[focus]}
     held_things: dict[str, set[str]] = {}
     held_goals: dict[str, set[str]] = {}
     for obj in OBJECTS:
