@@ -31,7 +31,7 @@ SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2, 8.7 million parameters
     "m": (192, 5, 1.5e-3),
     "l": (320, 7, 1e-3),
 }
-TOKENS = {"xs": 7_000_000, "s": 9_000_000, "m": 7_000_000, "l": 12_000_000}
+TOKENS = {"xs": 7_000_000, "s": 9_000_000, "m": 10_000_000, "l": 12_000_000}
 # Blocks of two widths: 99 % full, most attend over the short one, the wide one holds two examples.
 WIDTHS, BATCH_TOKENS, CONTEXT = (192, 384), 1024, 1024
 QUOTES = 9000  # documents of words said twice, before all others: 0.3 million tokens
