@@ -29,8 +29,9 @@ def miniature(size):
         rows, new = (4, 12) if quick else (64, 128)
         sampler = load(f"miniature/{size}")
         prompts = own_prompts(sampler, rows)
+        how = {"max_new_tokens": new, "progress": False}
         ragged = measure.side_by_side(
-            lambda seed: len(sampler.generate(prompts, max_new_tokens=new, seed=seed)),
+            lambda seed: len(sampler.generate(prompts, seed=seed, **how)),
             Peer(sampler, prompts, new).completions,
             rounds,
         )

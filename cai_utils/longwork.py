@@ -23,16 +23,17 @@ _LINE_EVERY = 30.0  # seconds between two lines where nobody watches
 _active: ContextVar[Journal | None] = ContextVar("journal", default=None)
 
 
-def progress(total, unit, show=None):
+def progress(total, unit, show=None, done=0):
     """A context manager with ``update(n)``: how far ``total`` pieces of work are, rate, time left.
 
-    show: True is a bar, False nothing; None a bar that appears after two seconds where somebody
-    watches (a terminal, an open notebook), else, in a batch, a line of text every 30 seconds.
+    done: pieces that were there before, which say nothing about the rate. show: True is a bar,
+    False nothing; None a bar that appears after two seconds where somebody watches (a terminal, an
+    open notebook), else, in a batch, a line of text every 30 seconds.
     """
     if show is None and not _watched():
-        return _Lines(total, unit)
+        return _Lines(total, unit, done)
     auto = {"delay": 2, "leave": False} if show is None else {}
-    return tqdm(total=total, unit=unit, disable=show is False, **auto)
+    return tqdm(total=total, initial=done, unit=unit, disable=show is False, **auto)
 
 
 def _watched():
@@ -42,8 +43,8 @@ def _watched():
 
 
 class _Lines:
-    def __init__(self, total, unit):
-        self.total, self.unit, self.done = total, unit, 0
+    def __init__(self, total, unit, done):
+        self.total, self.unit, self.before, self.done = total, unit, done, done
 
     def __enter__(self):
         self.began = self.said = time.monotonic()
@@ -55,9 +56,9 @@ class _Lines:
     def update(self, n):
         self.done += n
         now = time.monotonic()
-        if now - self.said >= _LINE_EVERY:
+        if now - self.said >= _LINE_EVERY and self.done > self.before:
             self.said = now
-            rate = self.done / (now - self.began)
+            rate = (self.done - self.before) / (now - self.began)
             left = (self.total - self.done) / rate
             print(f"{self.done} of {self.total} {self.unit}s, {rate:.3g} a second, "
                   f"{left:.0f} s left", flush=True)  # fmt: skip

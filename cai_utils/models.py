@@ -9,7 +9,7 @@ Specs:
 - a local Hugging Face folder;
 - anything else is an id on the Hugging Face hub.
 
-``server:URL#model`` is no model to be loaded: ``sampling.Sampler.from_spec`` takes it.
+``server:URL#model`` is sampled where it is served (``sampling.Sampler.from_spec``), never loaded.
 """
 
 import importlib.util
@@ -38,13 +38,15 @@ EAGER_BELOW = 30e6
 
 
 def resolve(spec, runs_dir=None):
-    """A spec -> ``Path`` of a local folder or GGUF file, or the ``str`` of a hub id.
+    """A spec -> ``Path`` of a local folder or GGUF file, or the ``str`` of a hub id or server.
 
     ``runs_dir``: a run folder (``runs/<profile>``), looked up first for ``miniature/<size>``.
     FileNotFoundError for a folder, file or set of weights that is not there; ValueError for an
     unknown miniature size.
     """
     spec = str(spec)
+    if spec.startswith("server:"):
+        return spec
     if spec.startswith("miniature/"):
         return _resolve_miniature(spec, runs_dir)
     if spec.startswith("gguf:"):
@@ -123,6 +125,11 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None):
     """
     if head not in ("lm", "score"):
         raise ValueError(f"head={head!r}: it is 'lm' or 'score'")
+    if str(spec).startswith("server:"):
+        raise ValueError(
+            f"{spec}: a served model can be sampled and asked, not loaded or trained; give a "
+            "folder, a GGUF file or a hub id here"
+        )
     where = resolve(spec, runs_dir)
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

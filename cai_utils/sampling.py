@@ -131,8 +131,7 @@ class Sampler:
             )  # fmt: skip
             keep(batch, [(c.text, c.token_ids, c.logprobs, c.finish_reason) for c in done])
 
-        with longwork.progress(len(jobs), "completion", progress) as bar:
-            bar.update(len(jobs) - len(left))
+        with longwork.progress(len(jobs), "completion", progress, len(jobs) - len(left)) as bar:
             self._work(left, fitting, sample, [prompts[r] for r, _ in left], bar)
         return out
 
@@ -187,8 +186,7 @@ class Sampler:
             scores = self.engine.score([asked[i] for i in batch], [rest[i] for i in batch])
             keep(batch, [(row - np.logaddexp.reduce(row)).tolist() for row in scores])
 
-        with longwork.progress(len(todo), "question", progress) as bar:
-            bar.update(len(todo) - len(left))
+        with longwork.progress(len(todo), "question", progress, len(todo) - len(left)) as bar:
             self._work(left, fitting, score, [asked[i] for i in left], bar)
         return out
 

@@ -161,8 +161,7 @@ class Server:
         pool = ThreadPoolExecutor(self.concurrency)
         under_way = {}
         try:
-            with longwork.progress(total, unit, progress) as bar:
-                bar.update(total - len(jobs))
+            with longwork.progress(total, unit, progress, total - len(jobs)) as bar:
                 while True:
                     for job in waiting:
                         under_way[pool.submit(run, job, halt)] = job

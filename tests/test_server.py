@@ -322,6 +322,17 @@ def test_a_spec_that_names_no_server(spec):
         Sampler.from_spec(spec)
 
 
+def test_a_served_model_is_sampled_and_not_loaded():
+    spec = "server:http://127.0.0.1:1/v1#org/name"
+    server = Sampler.from_spec(spec)
+    assert (server.url, server.model, server.context) == ("http://127.0.0.1:1/v1", "org/name", None)
+    assert models.resolve(spec) == spec
+    with pytest.raises(ValueError, match="can be sampled and asked, not loaded"):
+        models.load(spec)
+    named = Sampler.from_spec("server:http://127.0.0.1:1/v1#other;tokenizer=miniature/xs")
+    assert named.model == "other" and "Human:" in named.tokenizer.chat_template
+
+
 @pytest.mark.parametrize("inputs, kw, message", [
     ([], {}, "at least one"), (["a", ""], {}, "input 1 is an empty prompt"), ("a", {}, "a list"),
     (["a"], {"temperature": -1}, "temperature"), (["a"], {"n": 0}, "n=0"),
