@@ -26,7 +26,7 @@ def miniature(size):
     """Ragged ends of their own (completions/s), and all cut at one length (tokens/s)."""
 
     def bench(rounds, quick):
-        rows, new = (4, 12) if quick else (64, 128)
+        rows, new = (4, 12) if quick else (128, 128)
         sampler = load(f"miniature/{size}")
         prompts = own_prompts(sampler, rows)
         how = {"max_new_tokens": new, "progress": False}
@@ -42,7 +42,7 @@ def miniature(size):
 
 def smollm2(rounds, quick):
     """Ragged ends between 20 and 200 tokens, the same for both (completions/s), and one length."""
-    rows, least, most = (2, 2, 6) if quick else (16, 20, 200)
+    rows, least, most = (2, 2, 6) if quick else (48, 20, 200)
     sampler = load(SMOLLM2)
     prompts = [TALK.format(f"Tell me about {SUBJECTS[i % len(SUBJECTS)]}.") for i in range(rows)]
     draw = random.Random(1)
