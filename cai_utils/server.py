@@ -178,6 +178,13 @@ class Server:
                             raise ValueError(f"{names[job]}: {error}") from None
                         keep([job], [value])
                         bar.update(1)
+        except (ValueError, ConnectionError):
+            halt.set()  # no more tries; but answers that are under way are waited for and kept
+            pool.shutdown(cancel_futures=True)
+            for future, job in under_way.items():
+                if not future.cancelled() and future.exception() is None:
+                    keep([job], [future.result()])
+            raise
         finally:
             halt.set()
             pool.shutdown(wait=False, cancel_futures=True)
