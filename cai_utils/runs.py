@@ -79,7 +79,11 @@ class Run:
         ``key`` holds everything that ``make`` depends on apart from the code of cai_utils and its
         own, which count by themselves: parameters, names, and a Path for each file or model folder
         that it reads (its content counts). ValueError for a value without a fingerprint.
+
+        What ``make`` samples is kept in <name>.jsonl.partial as it comes, and taken up from there
+        after a kill or an error, as long as key and code are the same.
         """
+        from cai_utils import longwork
         from cai_utils.data import read_rows, write_rows
 
         path = self.data(name)
@@ -92,12 +96,16 @@ class Run:
             print(f"{path.name}: {len(rows)} rows, kept from an earlier run")
             return rows
         before = time.time()
-        rows = list(make())
+        with longwork.recording(path.with_name(f"{path.name}.partial"), new) as journal:
+            if journal.found:
+                print(f"{path.name}: {len(journal.found)} samples of an earlier run taken up")
+            rows = list(make())
         # Without its sidecar a file counts as not made, so a kill between the two costs no more
         # than making it again.
         sidecar.unlink(missing_ok=True)
         write_rows(path, rows)
         write_json(sidecar, {**new, "rows": len(rows), "provenance": self._now()})
+        journal.remove()
         why = _changes(old, new) if old else ""
         print(f"{path.name}: {len(rows)} rows, made in {time.time() - before:.1f} s{why}")
         # Read back, so that a fresh run and a resumed one work on exactly the same values.

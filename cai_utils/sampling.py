@@ -3,25 +3,32 @@
 One ``Sampler`` runs any Hugging Face causal LM (Llama-, Qwen-, GPT-NeoX-, GPT-2-like) on CPU or
 CUDA. How it works:
 
-- Prompts are ordered by length and cut into batches by tokens. A batch is padded on the left, each
-  distinct prompt is prefilled once, and its keys and values are spread over its samples.
+- Prompts are ordered by length and cut into batches by tokens, as many as memory has room for. A
+  batch is padded on the left, each distinct prompt is prefilled once, and its keys and values are
+  spread over its samples; a beginning that prompts share is computed once too, where that pays.
+- A batch that memory has no room for is halved, and the work goes on.
 - Decoding writes into a key/value cache that is allocated once per batch. Rows that have finished
   leave the batch as soon as they make up a fifth of it.
 - Randomness is counted, not drawn: completion ``s`` of input ``r`` owns the uniforms of the Philox
   stream keyed by (seed, r, s), and each token inverts the model's CDF at the next of them. So the
   same seed gives the same text whatever the batch size, the order of work or ``n``, up to the
   numerics of the dtype.
+- Inside a ``Run.rows`` what is finished is kept on disk at once (``longwork.py``).
+
+``Sampler.from_spec`` of a server gives a ``server.Server``, which samples and scores there.
 """
 
+import contextlib
 import dataclasses
+import gc
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-from . import models
+from . import longwork, models
 from .dialogue import render
 from .engine import SCORE_ELEMENTS, Engine, evaluating, uniforms
+from .kvcache import out_of_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,43 +53,48 @@ class Sampler:
     """Samples from, and scores choices under, one causal LM and its tokenizer.
 
     The model is used live and left as it was found: modules in train mode sample in eval mode and
-    go back. ``batch_tokens`` bounds rows x (prompt + new tokens) of one batch.
+    go back. ``batch_tokens`` bounds rows x (prompt + new tokens) of one batch; None takes what fits
+    into a quarter of the free memory. ``share_prefixes=False`` computes shared beginnings anew.
     ValueError for a model that is not causal or keeps no plain key/value cache.
     """
 
-    def __init__(self, model, tokenizer, batch_tokens=32768):
-        self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
+    def __init__(self, model, tokenizer, batch_tokens=None, share_prefixes=True):
+        self.model, self.tokenizer, self.share_prefixes = model, tokenizer, share_prefixes
         self.engine = Engine(model, batch_tokens)
         self.context = self.engine.context
+        self.source = None  # a live model may change between two calls: nothing of it is kept
         self._stop_tokens = {}
 
     @classmethod
-    def from_spec(cls, spec, *, batch_tokens=32768, **load):
-        """A ``Sampler`` over ``models.load(spec, **load)``."""
+    def from_spec(cls, spec, *, batch_tokens=None, **load):
+        """A ``Sampler`` over ``models.load(spec, **load)``, or for ``server:URL#model`` a
+        ``server.Server`` with the same ``generate`` and ``choice_logprobs``."""
         if str(spec).startswith("server:"):
-            raise ValueError(f"{spec}: servers are not supported yet; give a local model")
-        return cls(*models.load(spec, **load), batch_tokens=batch_tokens)
+            from .server import Server
+
+            return Server.from_spec(spec)
+        sampler = cls(*models.load(spec, **load), batch_tokens=batch_tokens)
+        where = models.resolve(spec, load.get("runs_dir"))
+        sampler.source = [models.fingerprint(where), str(sampler.model.dtype)]
+        return sampler
 
     def generate(
         self, inputs, *, n=1, temperature=1.0, top_p=1.0, max_new_tokens=128, stop=(), seed=0,
-        progress=False,
+        progress=None,
     ):  # fmt: skip
         """Samples ``n`` completions of each input: a list of N lists of n ``Completion``.
 
         inputs: N conversations (rendered for this model by ``dialogue.render``) or raw texts.
         temperature: 0 is greedy. top_p: the smallest set of most likely tokens that holds this
         probability is kept. stop: strings (or one) that end a completion; one that is a special
-        token of the vocabulary works too.
+        token of the vocabulary works too. progress: as in ``longwork.progress``.
         ValueError for an empty list, an empty prompt, a prompt that fills the model's context, a
         stop string that the vocabulary cannot spell, and logits that are not finite. A completion
         that reaches the end of the context is cut there ("length").
         """
-        if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(
-                f"n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}:"
-                " they must be at least 1, at least 1, at least 0, and in (0, 1]"
-            )
+        check_settings(n, temperature, top_p, max_new_tokens)
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        self._stops(stop)
         prompts = self._encode(self._texts(inputs))
         limits = [max_new_tokens] * len(prompts)
         for r, ids in enumerate(prompts):
@@ -96,24 +108,34 @@ class Sampler:
         jobs = [(r, s) for r in range(len(prompts)) for s in range(n)]
         jobs.sort(key=lambda job: (-len(prompts[job[0]]), job))
         out = [[None] * n for _ in prompts]
-        bar = tqdm(total=len(jobs), unit="completion", disable=not progress)
-        with bar, evaluating(self.model):
-            while jobs:
-                width = len(prompts[jobs[0][0]]) + max_new_tokens
-                size = max(1, self.batch_tokens // width)
-                batch, jobs = jobs[:size], jobs[size:]
-                done = self._complete(
-                    [prompts[r] for r, _ in batch],
-                    [limits[r] for r, _ in batch],
-                    uniforms(seed, batch, max_new_tokens) if temperature > 0 else None,
-                    temperature, top_p, stop,
-                )  # fmt: skip
-                for (r, s), completion in zip(batch, done, strict=True):
-                    out[r][s] = completion
-                bar.update(len(batch))
+        settings = [temperature, top_p, max_new_tokens, list(stop), seed]
+
+        def put(job, value):
+            out[job[0]][job[1]] = Completion(*value)
+
+        left, keep = longwork.pick_up(
+            self.source, jobs, lambda job: ["generate", prompts[job[0]], *job, settings], put
+        )
+
+        def fitting(jobs):
+            width = len(prompts[jobs[0][0]]) + max_new_tokens
+            size = min(self.engine.batch_tokens // width, self._most_rows())
+            return jobs[: max(1, size)], width
+
+        def sample(batch):
+            done = self._complete(
+                [prompts[r] for r, _ in batch],
+                [limits[r] for r, _ in batch],
+                uniforms(seed, batch, max_new_tokens) if temperature > 0 else None,
+                temperature, top_p, stop,
+            )  # fmt: skip
+            keep(batch, [(c.text, c.token_ids, c.logprobs, c.finish_reason) for c in done])
+
+        with longwork.progress(len(jobs), "completion", progress, len(jobs) - len(left)) as bar:
+            self._work(left, fitting, sample, [prompts[r] for r, _ in left], bar)
         return out
 
-    def choice_logprobs(self, texts, choices, progress=False):
+    def choice_logprobs(self, texts, choices, progress=None):
         """Log-probability (nats) of each choice as the continuation of each text: (N, C) float64,
         normalised over the choices of the text (rows of exp sum to 1).
 
@@ -130,48 +152,86 @@ class Sampler:
         token) is no such case and is scored.
         """
         texts = self._texts(texts)
-        choices = list(choices)
-        if choices and isinstance(choices[0], str):
-            choices = [choices] * len(texts)
-        if len(choices) != len(texts) or not all(choices):
-            raise ValueError(
-                f"{len(choices)} lists of choices for {len(texts)} texts, or an empty one: give "
-                "one non-empty list for all texts, or one for each"
-            )
+        choices = check_choices(texts, choices)
         prompts = self._encode(texts)
         sequences = self._choice_ids(texts, prompts, choices)
         out = np.full((len(texts), max(map(len, choices))), -np.inf)
-        todo = sorted(range(len(texts)), key=lambda i: -len(prompts[i]))
-        bar = tqdm(total=len(texts), unit="question", disable=not progress)
-        with bar, evaluating(self.model):
-            while todo:
-                longest, rows, fed, batch = len(prompts[todo[0]]), 0, 0, []
-                for i in todo:
-                    fed = max(fed, max(map(len, sequences[i])) - 1)
-                    rows += len(sequences[i])
-                    logits = rows * fed * self.engine.vocab_size
-                    too_many = rows * (longest + fed) > self.batch_tokens
-                    if batch and (too_many or logits > SCORE_ELEMENTS):
-                        break
-                    batch.append(i)
-                todo = todo[len(batch) :]
-                scores = self.engine.score(
-                    [prompts[i] for i in batch], [sequences[i] for i in batch]
-                )
-                for i, row in zip(batch, scores, strict=True):
-                    out[i, : len(row)] = row - np.logaddexp.reduce(row)
-                bar.update(len(batch))
+
+        def put(i, row):
+            out[i, : len(row)] = row
+
+        # What all choices of a text begin with says nothing between them: it joins the prompt.
+        asked, rest = list(prompts), list(sequences)
+        for i, own in enumerate(sequences):
+            k = next((k for k, ids in enumerate(zip(*own)) if len(set(ids)) > 1), 0)
+            asked[i], rest[i] = prompts[i] + own[0][:k], [ids[k:] for ids in own]
+        todo = sorted(range(len(texts)), key=lambda i: -len(asked[i]))
+        left, keep = longwork.pick_up(
+            self.source, todo, lambda i: ["choices", prompts[i], sequences[i]], put
+        )
+
+        def fitting(todo):
+            longest, rows, fed, batch = len(asked[todo[0]]), 0, 0, []
+            for i in todo:
+                fed = max(fed, max(map(len, rest[i])) - 1)
+                rows += len(rest[i])
+                logits = rows * (fed + 1) * self.engine.vocab_size
+                too_many = rows * (longest + fed) > self.engine.batch_tokens
+                if batch and (too_many or logits > SCORE_ELEMENTS):
+                    break
+                batch.append(i)
+            return batch, sum(len(rest[i]) for i in batch) * (longest + fed) // len(batch)
+
+        def score(batch):
+            scores = self.engine.score([asked[i] for i in batch], [rest[i] for i in batch])
+            keep(batch, [(row - np.logaddexp.reduce(row)).tolist() for row in scores])
+
+        with longwork.progress(len(todo), "question", progress, len(todo) - len(left)) as bar:
+            self._work(left, fitting, score, [asked[i] for i in left], bar)
         return out
+
+    # From jobs to batches
+
+    def _work(self, jobs, fitting, run, prompts, bar):
+        """Runs jobs in batches: fitting(jobs) -> (the next batch, tokens of one of its jobs). Where
+        memory runs out the batch is halved, and so are those after it."""
+        share = self.engine.sharing(prompts) if self.share_prefixes else contextlib.nullcontext()
+        with evaluating(self.model), share:
+            while jobs:
+                batch, tokens = fitting(jobs)
+                try:
+                    run(batch)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    if len(batch) == 1:
+                        raise MemoryError(
+                            f"memory ran out on a single row of {tokens} tokens: shorten it, lower "
+                            "max_new_tokens, or take a smaller model or dtype"
+                        ) from None
+                    failed = True
+                else:
+                    failed = False
+                if failed:  # here, not above: the exception held the batch's memory
+                    self.engine.batch_tokens = len(batch) // 2 * tokens
+                    gc.collect()
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+                    continue
+                jobs = jobs[len(batch) :]
+                bar.update(len(batch))
+
+    def _most_rows(self):
+        """Rows whose logits fit beside the cache; sampling holds a few copies of them."""
+        elements = SCORE_ELEMENTS * (8 if self.model.device.type == "cuda" else 1)
+        return elements // self.engine.vocab_size
 
     # From text to tokens
 
     def _texts(self, inputs):
-        if isinstance(inputs, str) or len(inputs) == 0:
-            raise ValueError("give a list of at least one conversation or text")
+        check_inputs(inputs)
         texts = [render(item, self.tokenizer) for item in inputs]
-        for r, text in enumerate(texts):
-            if not text:
-                raise ValueError(f"input {r} is an empty prompt; give it at least one token")
+        check_texts(texts)
         return texts
 
     def _encode(self, texts):
@@ -284,3 +344,41 @@ class Sampler:
         return self.tokenizer.batch_decode(
             rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+
+# What every engine refuses
+
+
+def check_settings(n, temperature, top_p, max_new_tokens):
+    """ValueError for settings of ``generate`` that mean nothing."""
+    if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}:"
+            " they must be at least 1, at least 1, at least 0, and in (0, 1]"
+        )
+
+
+def check_inputs(inputs):
+    """ValueError unless inputs are a list of at least one."""
+    if isinstance(inputs, str) or len(inputs) == 0:
+        raise ValueError("give a list of at least one conversation or text")
+
+
+def check_texts(texts):
+    """ValueError for an empty text, naming its row."""
+    for r, text in enumerate(texts):
+        if not text:
+            raise ValueError(f"input {r} is an empty prompt; give it at least one token")
+
+
+def check_choices(texts, choices):
+    """One list of choices for each text; ValueError for other counts and for an empty list."""
+    choices = list(choices)
+    if choices and isinstance(choices[0], str):
+        choices = [choices] * len(texts)
+    if len(choices) != len(texts) or not all(choices):
+        raise ValueError(
+            f"{len(choices)} lists of choices for {len(texts)} texts, or an empty one: give "
+            "one non-empty list for all texts, or one for each"
+        )
+    return choices

@@ -230,6 +230,22 @@ def test_both_orders_of_a_question():
     assert not row["correct"]  # the bias decides where only one order is asked
 
 
+def test_a_random_order_is_mapped_back():
+    questions = [ask("good", "bad") for _ in range(60)]
+    judge = Judge(bias=1.0)
+    rows = feedback.answer(judge, questions, random_order=True, seed=2)
+    swapped = [text == ask("bad", "good")["prompt"] for text in judge.read]
+    assert 15 < sum(swapped) < 45  # 30 expected, standard deviation 3.9
+    for row, turned in zip(rows, swapped, strict=True):
+        # The good option, (A) as the question stands, was read under (B) where it was swapped.
+        assert row["p_correct"] == pytest.approx(sigmoid(1.0 if turned else 3.0))
+        assert row["probs"][" (A)"] == row["p_correct"] and row["correct"]
+        bias = 2 * (1 - row["p_correct"] if turned else row["p_correct"]) - 1
+        assert row["position_bias"] == pytest.approx(bias)
+    again = feedback.answer(Judge(bias=1.0), questions, random_order=True, seed=2)
+    assert again == rows
+
+
 @pytest.mark.parametrize("a, b", [
     ("one", "two"), ("[[[two\n\nparagraphs]]]", "[[[with (A) inside\n]]]"), ("trailing ", " b "),
 ])

