@@ -13,6 +13,7 @@ Specs:
 """
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -131,9 +132,10 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None):
             "folder, a GGUF file or a hub id here"
         )
     where = resolve(spec, runs_dir)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    )
+    if device == "auto":  # of several processes, each has a GPU of its own
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = own if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
     gguf = {}
     if isinstance(where, Path) and where.suffix == ".gguf":
         gguf = {"gguf_file": where.name}
@@ -179,6 +181,16 @@ def load_tokenizer(spec, runs_dir=None):
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"{spec}: no tokenizer could be loaded ({reason})") from error
+
+
+def bf16_pays(model):
+    """Whether training ``model`` under bf16 autocast is the faster way: only where the hardware
+    multiplies bf16, and matmuls outweigh the casts."""
+    if model.device.type == "cpu":
+        hardware = torch.cpu._is_avx512_bf16_supported()
+    else:
+        hardware = torch.cuda.is_bf16_supported()
+    return hardware and model.num_parameters() > EAGER_BELOW
 
 
 def _dtype(dtype, device):

@@ -339,3 +339,9 @@ def _calibration(d, p, bins):
         rows.append((0.5 + (b + 0.5) / (2 * bins), sure[inside].mean(), frequency, low, high, n))
     return pd.DataFrame(
         rows, columns=["bin_mid", "mean_p", "frequency", "ci_low", "ci_high", "n"])
+
+
+if __name__ == "__main__":
+    from cai_utils import launch
+
+    launch.main("cai_utils.preference", "train")

@@ -80,14 +80,16 @@ class Sampler:
 
     def generate(
         self, inputs, *, n=1, temperature=1.0, top_p=1.0, max_new_tokens=128, stop=(), seed=0,
-        progress=None,
+        progress=None, rows=None,
     ):  # fmt: skip
         """Samples ``n`` completions of each input: a list of N lists of n ``Completion``.
 
         inputs: N conversations (rendered for this model by ``dialogue.render``) or raw texts.
         temperature: 0 is greedy. top_p: the smallest set of most likely tokens that holds this
         probability is kept. stop: strings (or one) that end a completion; one that is a special
-        token of the vocabulary works too. progress: as in ``longwork.progress``.
+        token of the vocabulary works too. progress: as in ``longwork.progress``. rows: N numbers
+        that the random draws of the inputs belong to, instead of 0 to N-1: a part of a batch, its
+        rest sampled by other processes, then draws what it would have drawn in the whole.
         ValueError for an empty list, an empty prompt, a prompt that fills the model's context, a
         stop string that the vocabulary cannot spell, and logits that are not finite. A completion
         that reaches the end of the context is cut there ("length").
@@ -109,13 +111,15 @@ class Sampler:
         jobs.sort(key=lambda job: (-len(prompts[job[0]]), job))
         out = [[None] * n for _ in prompts]
         settings = [temperature, top_p, max_new_tokens, list(stop), seed]
+        rows = range(len(prompts)) if rows is None else rows
 
         def put(job, value):
             out[job[0]][job[1]] = Completion(*value)
 
         left, keep = longwork.pick_up(
-            self.source, jobs, lambda job: ["generate", prompts[job[0]], *job, settings], put
-        )
+            self.source, jobs,
+            lambda job: ["generate", prompts[job[0]], rows[job[0]], job[1], settings], put,
+        )  # fmt: skip
 
         def fitting(jobs):
             width = len(prompts[jobs[0][0]]) + max_new_tokens
@@ -126,7 +130,8 @@ class Sampler:
             done = self._complete(
                 [prompts[r] for r, _ in batch],
                 [limits[r] for r, _ in batch],
-                uniforms(seed, batch, max_new_tokens) if temperature > 0 else None,
+                uniforms(seed, [(rows[r], s) for r, s in batch], max_new_tokens)
+                if temperature > 0 else None,
                 temperature, top_p, stop,
             )  # fmt: skip
             keep(batch, [(c.text, c.token_ids, c.logprobs, c.finish_reason) for c in done])

@@ -267,20 +267,23 @@ def load_for_training(spec, head, runs_dir=None, lora=None):
 
 def training_arguments(config, model, out_dir, *, rows, epochs, batch_size, lr, seed, report_to,
                        schedule, warmup, weight_decay, gradient_checkpointing=False, **more):
-    """``config`` (SFTConfig or RewardConfig) set for short runs that are saved once, at the end."""
+    """``config`` (SFTConfig or RewardConfig) set for short runs that are saved once, at the end.
+    ``batch_size`` rows a step, whatever the number of processes that share them."""
     on_cpu = model.device.type == "cpu"
-    # Autocast pays only where the hardware multiplies bf16 and matmuls outweigh its casts.
-    bf16 = model.num_parameters() > 30e6 and (
-        torch.cpu._is_avx512_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported()
-    )
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % processes:
+        raise ValueError(f"batch_size={batch_size} does not divide among {processes} processes: "
+                         "give a multiple")
     steps = max(1, math.ceil(rows / batch_size)) * epochs
     return config(
         output_dir=f"{os.fspath(out_dir).rstrip('/')}.partial",
         run_name=Path(out_dir).name,
-        num_train_epochs=epochs, per_device_train_batch_size=batch_size, learning_rate=lr,
+        num_train_epochs=epochs, per_device_train_batch_size=batch_size // processes,
+        learning_rate=lr,
         lr_scheduler_type=schedule, warmup_steps=math.ceil(warmup * steps),
         weight_decay=weight_decay, max_grad_norm=1.0, seed=seed, data_seed=seed,
-        bf16=bf16, use_cpu=on_cpu, activation_checkpointing=gradient_checkpointing,
+        bf16=models.bf16_pays(model), use_cpu=on_cpu,
+        activation_checkpointing=gradient_checkpointing,
         logging_steps=max(1, round(steps / 50)), logging_nan_inf_filter=False,
         save_strategy="no", report_to=list(report_to) or "none", pad_to_multiple_of=8,
         disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=not on_cpu,
@@ -335,3 +338,9 @@ def save(trainer, tokenizer, out_dir, record):
     for name in new:
         os.replace(Path(folder, name), out_dir / name)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    from cai_utils import launch
+
+    launch.main("cai_utils.sft", "finetune")

@@ -418,7 +418,8 @@ def test_zero_reward_does_not_drift(lab, tmp_path):
 
 
 def steady(history):
-    return history.drop(columns=[c for c in history if c.startswith("time/") or c == "eps"])
+    speed = ("eps", "tokens_per_second")
+    return history.drop(columns=[c for c in history if c.startswith("time/") or c in speed])
 
 
 def test_a_seed_fixes_the_history_and_micro_batches_do_not_matter(lab, tmp_path):

@@ -1,0 +1,171 @@
+"""The networks of PPO: policy and value model read at response tokens only, batches of like length,
+and how they are loaded. B: episodes, L: tokens of prompt and response, N: response tokens of a
+batch, flat.
+"""
+
+import contextlib
+import copy
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import models, preference, sft
+
+
+class ResponseLogprobs(nn.Module):
+    """A causal LM that gives log-probabilities of the response tokens alone: its head never sees
+    prompt or padding. Right padding needs no attention mask: attention is causal, so that what
+    comes after a token cannot reach it."""
+
+    def __init__(self, model, temperature):
+        super().__init__()
+        self.model, self.temperature, self.plain_head = model, temperature, True
+        ids = torch.arange(4, device=model.device)[None]
+        with torch.no_grad():  # some architectures scale or cap their logits: then take theirs
+            whole = model(input_ids=ids).logits[0]
+            close = {"atol": 1e-4} if whole.dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
+            self.plain_head = torch.allclose(self._logits(ids, ids[0]), whole, **close)
+
+    def _logits(self, ids, at):
+        if not self.plain_head:
+            return self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[at]
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return self.model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, at))
+
+    def forward(self, ids, at, targets, with_entropy=False):
+        """ids: (B, L); at: (N,) flat places in (B, L) whose next token is wanted; targets: (N,).
+        Returns log-probabilities (N,) and the distributions' entropies (N,) in nats, or None."""
+        logits = self._logits(ids, at).float() / self.temperature
+        logp = -nn.functional.cross_entropy(logits, targets, reduction="none")
+        if not with_entropy:
+            return logp, None
+        logs = logits.log_softmax(-1)
+        return logp, -(logs.exp() * logs).sum(-1)
+
+
+class ResponseValues(nn.Module):
+    """A PM read at every position: base model and score head, shifted and scaled as the scores."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.mean, self.std = model, 0.0, 1.0
+
+    def forward(self, ids, at):
+        """ids: (B, L); at: (N,) flat places in (B, L) -> values (N,)."""
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        rows = self.model.score(hidden.flatten(0, 1).index_select(0, at))
+        return (rows.squeeze(-1).float() - self.mean) / self.std
+
+
+class Actor(nn.Module):
+    """Policy and value model in one module: what shards weights over devices wraps one module and
+    one optimizer, and one pass through it is one round of messages."""
+
+    def __init__(self, policy, value):
+        super().__init__()
+        self.policy, self.value = policy, value
+
+    def forward(self, ids, at, targets, with_entropy=False, with_values=True):
+        """As the two above -> log-probabilities (N,), entropies (N,) or None, values or None."""
+        logp, entropy = self.policy(ids, at, targets, with_entropy)
+        return logp, entropy, self.value(ids, at) if with_values else None
+
+
+def length_groups(lengths, max_tokens, max_padding=0.1):
+    """Indices of rows in groups of like length, longest first. Padded to its longest row, a group
+    holds at most `max_tokens` tokens (or one row), and at most the share `max_padding` of padding
+    unless it is small (a quarter of `max_tokens`), when one more pass would cost more than that."""
+    groups, total = [], 0
+    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        padded = (len(groups[-1]) + 1) * lengths[groups[-1][0]] if groups else math.inf
+        little = padded - total - lengths[i] <= max_padding * padded or padded <= max_tokens // 4
+        if padded <= max_tokens and little:
+            groups[-1].append(i)
+            total += lengths[i]
+        else:
+            groups.append([i])
+            total = lengths[i]
+    return groups
+
+
+def shares(lengths, max_tokens, process=0, processes=1):
+    """The passes of one process over its rows (every `processes`-th): [(indices, weight)].
+
+    All processes make the same number of passes, for their messages must meet: one with fewer
+    groups repeats the shortest row at weight 0. Every row has weight 1 in exactly one process.
+    """
+    def groups(rank):
+        own = range(rank, len(lengths), processes)
+        found = length_groups([lengths[i] for i in own], max_tokens) if own else []
+        return [[own[i] for i in group] for group in found]
+
+    mine = groups(process)
+    most = max(len(mine), *(len(groups(r)) for r in range(processes) if processes > 1), 0)
+    idle = [([int(np.argmin(lengths))], 0.0)] * (most - len(mine))
+    return [(group, 1.0) for group in mine] + idle
+
+
+def pack(episodes, device="cpu"):
+    """Episodes {"prompt_ids", "response_ids"} -> ids (B, L), right-padded, and, flat over their N
+    response tokens in order, `at` (the place in (B, L) that predicts a token) and the tokens."""
+    rows = [e["prompt_ids"] + e["response_ids"] for e in episodes]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    starts = [i * width + len(e["prompt_ids"]) - 1 for i, e in enumerate(episodes)]
+    spans = zip(starts, episodes, strict=True)
+    at = torch.cat([torch.arange(s, s + len(e["response_ids"])) for s, e in spans])
+    return ids.to(device), at.to(device), ids.flatten()[at + 1].to(device)
+
+
+def load(policy_spec, pm, *, device, micro_tokens, runs_dir, lora, seed):
+    """-> (policy, value model, scorer, tokenizer, adapted): the plain causal LM and score model
+    that learn, in eval mode (no dropout: N+ details); `adapted`: with LoRA, the peft models around
+    them, else None.
+
+    Float32, for Adam's small steps vanish in bf16; with `lora` the base, which does not learn, has
+    the dtype that suits the hardware. ValueError: different tokenizers.
+    """
+    where = {"dtype": "auto" if lora else "float32", "runs_dir": runs_dir, "device": device}
+    policy, tokenizer = models.load(policy_spec, **where)
+    scorer = scorer_of(pm, tokenizer, policy_spec, device, micro_tokens, runs_dir)
+    if isinstance(scorer, preference.Scorer):
+        value_model = copy.deepcopy(scorer.model).to(device).requires_grad_(True)
+        value_model = value_model if lora else value_model.float()
+    else:
+        value_model, _ = models.load(policy_spec, head="score", **where)
+        nn.init.zeros_(value_model.score.weight)
+    adapted = None
+    if lora:
+        from peft import get_peft_model
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapted = (get_peft_model(policy, sft.lora_config(lora, "CAUSAL_LM")),
+                       get_peft_model(value_model, sft.lora_config(
+                           lora, "SEQ_CLS", modules_to_save=["score"])))
+    return policy.eval(), value_model.eval(), scorer, tokenizer, adapted
+
+
+def scorer_of(pm, tokenizer, policy_spec, device, micro_tokens, runs_dir):
+    """A PM's folder (or an object with `.score`, as it is) -> what scores conversations.
+    ValueError when its tokenizer is not the policy's."""
+    if hasattr(pm, "score"):
+        scorer = pm
+    else:
+        scorer = preference.Scorer(pm, batch_tokens=micro_tokens, dtype="float32",
+                                   runs_dir=runs_dir)
+        scorer.model.to(device)
+    if isinstance(scorer, preference.Scorer):
+        if scorer.tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"the PM {pm} and the policy {policy_spec} have different tokenizers: "
+                             "train the PM from a model of the policy's family")
+    return scorer
+
+
+@contextlib.contextmanager
+def merged(model, adapted):
+    """The policy as a plain model to be saved. A copy takes the adapter in: taking it out again
+    would not give back the same bits."""
+    yield copy.deepcopy(adapted[0]).merge_and_unload() if adapted else model
