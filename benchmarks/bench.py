@@ -9,18 +9,22 @@ import sys
 from pathlib import Path
 
 import sampling
+import training
 
-BENCHES = {**sampling.BENCHES}
+BENCHES = {**sampling.BENCHES, **training.BENCHES}
 COLUMNS = {
     "results": ["name", "ours", "peer", "unit", "ratio", "ratio_low", "ratio_high", "machine",
                 "commit"],
     "growth": ["name", "batch", "prompt_tokens", "new_tokens", "ours", "peer", "unit", "ratio",
                "machine", "commit"],
+    "memory": ["name", "ours", "peer", "unit", "machine", "commit"],
+    "losses": ["name", "ours", "peer", "unit", "machine", "commit"],
     "limits": ["name", "gflops", "gflops_peak", "gflops_share", "gbs", "gbs_peak", "gbs_share",
                "machine", "commit"],
 }  # fmt: skip
 KEY = {"results": ("name", "machine"), "limits": ("name", "machine"),
-       "growth": ("name", "batch", "prompt_tokens", "machine")}  # fmt: skip
+       "memory": ("name", "machine"), "losses": ("name", "machine"),
+       "growth": ("name", "batch", "prompt_tokens", "new_tokens", "machine")}  # fmt: skip
 
 
 def main(arguments=None):

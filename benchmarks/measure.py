@@ -15,14 +15,25 @@ def side_by_side(ours, peer, rounds):
     Returns ours and peer (medians, per second), ratio (median of the rounds' ratios), ratio_low and
     ratio_high (the smallest and largest of them).
     """
+    def rate(way):
+        def measured(seed):
+            amount, seconds = timed(way, seed)
+            return amount / seconds
+
+        return measured
+
+    return rates_side_by_side(rate(ours), rate(peer), rounds)
+
+
+def rates_side_by_side(ours, peer, rounds):
+    """As `side_by_side`, for ways that return a rate (per second) that they measured themselves."""
     ways = {"ours": ours, "peer": peer}
     for way in ways.values():
         way(0)
     rates = {name: [] for name in ways}
     for seed in range(1, rounds + 1):
         for name in sorted(ways, reverse=bool(seed % 2)):
-            amount, seconds = timed(ways[name], seed)
-            rates[name].append(amount / seconds)
+            rates[name].append(ways[name](seed))
     ratios = [a / b for a, b in zip(rates["ours"], rates["peer"], strict=True)]
     return {
         "ours": statistics.median(rates["ours"]),

@@ -93,11 +93,11 @@ def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
 
 def command(num_processes, accelerate_config=None):
     """The command line up to the module's name, without a GPU for CPU processes (gloo)."""
-    config = ["--config_file", str(accelerate_config)] if accelerate_config else ["--multi_gpu"]
+    plain = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
+             "--dynamo_backend", "no"]
+    config = ["--config_file", str(accelerate_config)] if accelerate_config else plain
     return [sys.executable, "-m", "accelerate.commands.launch", *config,
-            "--num_processes", str(num_processes), "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--main_process_port", "0", "-m"]
+            "--num_processes", str(num_processes), "--main_process_port", "0", "-m"]
 
 
 def environment():

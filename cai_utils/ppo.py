@@ -17,6 +17,7 @@ process samples and scores its share of the episodes; all of them then know the 
 """
 
 import copy
+import os
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast, gather_object
+from accelerate.utils import DistributedType, broadcast, gather_object, parse_flag_from_env
 
 from . import dialogue, launch, models, ppo_checkpoint, ppo_math, ppo_nets, ppo_step
 from .ppo_nets import ResponseLogprobs, ResponseValues, length_groups, pack
@@ -92,7 +93,7 @@ def train(
     if len(prompts) < episodes:
         raise ValueError(f"{len(prompts)} prompts are fewer than the {episodes} episodes of an "
                          "iteration: give more prompts or lower `episodes`")
-    here = PartialState()
+    here = PartialState(cpu=_on_cpu())
     if episodes < here.num_processes or (refresh and here.num_processes > 1):
         raise ValueError(f"{here.num_processes} processes: `episodes` ({episodes}) must be as "
                          "many at least, and `refresh` trains its PM in one process only")
@@ -186,7 +187,7 @@ def train(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - (iteration - 1) / iterations if lr_decay else 1)
         if refresh and refresh_every and iteration > 1 and (iteration - 1) % refresh_every == 0:
-            pm = refresh(iteration - 1, sampler)
+            pm = _apart(refresh, iteration - 1, sampler)
             scorer = ppo_nets.scorer_of(pm, tokenizer, policy_spec, device, micro_tokens, runs_dir)
             norm = None
         chosen = _draw(len(prompts), episodes, (iteration - 1) * episodes, seed)
@@ -256,6 +257,25 @@ def train(
     snapshot(out_dir)
     saved.finish(iterations)
     return pd.DataFrame(history)
+
+
+def _apart(work, *arguments):
+    """Calls what trains another model: its trainer sets accelerate's global state anew, ours is put
+    back afterwards."""
+    kept = [(state, dict(state._shared_state)) for state in (PartialState, AcceleratorState)]
+    try:
+        return work(*arguments)
+    finally:
+        for state, ours in kept:
+            state._shared_state.clear()
+            state._shared_state.update(ours)
+
+
+def _on_cpu():
+    """Whether processes that a launcher started are CPU processes, which accelerate takes for
+    single ones unless it is told."""
+    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
+    return launched or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def _accelerator(model, bf16):

