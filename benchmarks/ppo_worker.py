@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 
-TALK = "\n\nHuman: {}\n\nAssistant:"
-
 
 class Gate:
     """Waits between iterations, and says how the last one went."""
@@ -41,7 +39,7 @@ class Gate:
 def ours(s, prompts, gate):
     from cai_utils import ppo
 
-    rows = [[{"role": "user", "content": p}] for p in prompts]
+    rows = [p["messages"] for p in prompts]
     folder = Path(s["folder"])
     ppo.train(
         folder / "policy", folder / "pm", rows, folder / "ours", lr=1e-5, episodes=s["episodes"],
@@ -85,8 +83,7 @@ def peer(s, prompts, gate):
     class Turns(TrainerCallback):
         on_step_end = lambda self, *a, **k: gate()  # noqa: E731
 
-    ids = [tokenizer(TALK.format(p))["input_ids"] for p in prompts]
-    rows = Dataset.from_dict({"input_ids": ids})
+    rows = Dataset.from_dict({"input_ids": [p["ids"] for p in prompts]})
     settings = PPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=s["micro"],
         gradient_accumulation_steps=s["episodes"] // s["micro"],

@@ -14,7 +14,7 @@ import measure
 import sampling
 import torch
 
-from cai_utils import data, models, preference
+from cai_utils import data, dialogue, models, preference
 from cai_utils.provenance import repo_root
 
 TRL = "trl==1.12.0"
@@ -120,12 +120,13 @@ def prepare(spec, folder, quick):
     prompts = []
     for i in range(32 if quick else 512):
         subject = sampling.SUBJECTS[i % len(sampling.SUBJECTS)]
-        ids = tokenizer(f"Number {i}: tell me about {subject}, please, " * 4)["input_ids"]
-        for end in range(1, len(ids)):  # as near to 16 tokens as text allows
-            text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-            if len(tokenizer(sampling.TALK.format(text))["input_ids"]) >= 16:
+        words = f"Number {i}: tell me about {subject}, please, ".split() * 4
+        for end in range(1, len(words)):  # as near to 16 tokens as words and template allow
+            talk = [{"role": "user", "content": " ".join(words[:end])}]
+            ids = tokenizer(dialogue.render(talk, tokenizer))["input_ids"]
+            if len(ids) >= 16:
                 break
-        prompts.append(text)
+        prompts.append({"messages": talk, "ids": ids})
     (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {"folder": str(folder), "machine": measure.machine(policy.to(device))}
