@@ -53,7 +53,7 @@ class Worker:
 def trl_folder():
     """The peer's trl, beside the environment's own: it shares torch and transformers, so that
     nothing but PPO differs. FileNotFoundError where it cannot be installed."""
-    folder = Path(sys.prefix) / "peers" / TRL.replace("==", "-")
+    folder = Path(repo_root()) / ".venv" / "peers" / TRL.replace("==", "-")
     if not (folder / "trl").is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target",
                    str(folder), TRL]  # fmt: skip

@@ -54,7 +54,7 @@ class Engine:
             and "sliding_attention" not in kinds
             and config._attn_implementation in ("eager", "sdpa")
         )
-        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepts = set(inspect.signature(inner.forward).parameters)
 
     def decode(self, prompts, limits, uniforms, temperature, top_p, ends, may_stop, cut):

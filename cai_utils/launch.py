@@ -84,7 +84,7 @@ def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
     if (out_dir / "history.csv").is_file():
         import pandas as pd
 
-        history = pd.read_csv(out_dir / "history.csv", float_precision="round_trip")
+        history = pd.read_csv(out_dir / "history.csv")
         for row in history.to_dict("records") if log is not None else ():
             log(row)
         return history

@@ -108,7 +108,7 @@ def train(
     saved = ppo_checkpoint.Checkpoints(out_dir, key, accelerator)
     if saved.finished():
         print(f"ppo: {out_dir} holds this run, finished: taken as it is", flush=True)
-        return pd.read_csv(out_dir / "history.csv", float_precision="round_trip")
+        return pd.read_csv(out_dir / "history.csv")
     prompt_ids = _tokenize(prompts, tokenizer, model, max_new_tokens)
     policy, value = ResponseLogprobs(model, temperature), ResponseValues(value_model)
     bare = ppo_nets.Actor(policy, value)

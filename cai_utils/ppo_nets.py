@@ -66,6 +66,8 @@ class Actor(nn.Module):
     def __init__(self, policy, value):
         super().__init__()
         self.policy, self.value = policy, value
+        # What FSDP wraps one by one: the layers, by the name that the models give them.
+        self._no_split_modules = list(policy.model._no_split_modules or ())
 
     def forward(self, ids, at, targets, with_entropy=False, with_values=True):
         """As the two above -> log-probabilities (N,), entropies (N,) or None, values or None."""
