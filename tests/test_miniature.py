@@ -390,7 +390,10 @@ def test_a_packed_document_sees_only_itself(tokenizer):
                 assert torch.allclose(packed[row][torch.from_numpy(where)], alone, atol=2e-4)
 
 
-def test_pretraining_leaves_a_folder_that_loads_and_says_what_made_it(tmp_path, monkeypatch):
+def test_pretraining_leaves_a_folder_that_loads_and_says_what_made_it(
+    tmp_path, monkeypatch, tokenizer
+):
+    monkeypatch.setattr(pretrain, "build_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(pretrain, "QUOTES", 100)
     monkeypatch.setattr(pretrain, "CHUNK", 300)
     info = pretrain.pretrain("xs", tmp_path / "xs", tokens=20_000)
@@ -402,7 +405,8 @@ def test_pretraining_leaves_a_folder_that_loads_and_says_what_made_it(tmp_path, 
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(pretrain, "build_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(pretrain, "QUOTES", 100)
     monkeypatch.setattr(pretrain, "KEEP_EVERY", 4)
     monkeypatch.setattr(pretrain, "CHUNK", 200)
