@@ -1,7 +1,7 @@
 # From a clean clone: `make figures` or `make test`. Needs Python 3.11 (and its venv), git, make.
 
-# Minutes on 2 cores and 8 GB, measured; shown before each step.
-MINUTES := env:3 figures:26 test:8
+# Minutes on 2 cores and 8 GB, shown before each step (figures: an estimate until the reference run).
+MINUTES := env:3 figures:20 test:10
 
 PYTHON  ?= python3.11
 PROFILE ?= miniature

@@ -390,8 +390,12 @@ def test_a_packed_document_sees_only_itself(tokenizer):
                 assert torch.allclose(packed[row][torch.from_numpy(where)], alone, atol=2e-4)
 
 
-def test_pretraining_leaves_a_folder_that_loads_and_says_what_made_it(tmp_path, monkeypatch):
+def test_pretraining_leaves_a_folder_that_loads_and_says_what_made_it(
+    tmp_path, monkeypatch, tokenizer
+):
+    monkeypatch.setattr(pretrain, "build_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(pretrain, "QUOTES", 100)
+    monkeypatch.setattr(pretrain, "CHUNK", 300)
     info = pretrain.pretrain("xs", tmp_path / "xs", tokens=20_000)
     assert info["curve"][-1]["heldout"] < info["curve"][0]["heldout"]
     model, tokenizer = models.load(tmp_path / "xs")
@@ -399,6 +403,27 @@ def test_pretraining_leaves_a_folder_that_loads_and_says_what_made_it(tmp_path, 
     note = json.loads((tmp_path / "xs" / "provenance.json").read_text())
     assert note["corpus_hash"] == corpus.corpus_hash() and note["tokens"] >= 20_000
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(pretrain, "build_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(pretrain, "QUOTES", 100)
+    monkeypatch.setattr(pretrain, "KEEP_EVERY", 4)
+    monkeypatch.setattr(pretrain, "CHUNK", 200)
+    whole = pretrain.pretrain("xs", tmp_path / "whole", tokens=15_000)
+
+    def kill(row):
+        if row["pretrain/xs/tokens"] > whole["tokens"] / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain("xs", tmp_path / "killed", tokens=15_000, log=kill)
+    assert not (tmp_path / "killed").exists()
+    rest = []
+    info = pretrain.pretrain("xs", tmp_path / "killed", tokens=15_000, log=rest.append)
+    assert 0 < len(rest) < len(whole["curve"]) and info["curve"] == whole["curve"]
+    same = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "killed")]
+    assert same[0] == same[1] and not list(tmp_path.glob("*.pt"))
 
 
 def test_unknown_size_is_one_clear_error(tokenizer):

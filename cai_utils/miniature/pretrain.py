@@ -24,6 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cai_utils.miniature import corpus, world
+from cai_utils.provenance import atomic
 
 SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2, 8.7 million parameters less embeddings
     "xs": (64, 2, 3e-3),
@@ -31,9 +32,11 @@ SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2, 8.7 million parameters
     "m": (192, 5, 1.5e-3),
     "l": (320, 7, 1e-3),
 }
-TOKENS = {"xs": 7_000_000, "s": 9_000_000, "m": 10_000_000, "l": 12_000_000}
+TOKENS = dict.fromkeys(SIZES, 15_000_000)  # the same text for all
 # Blocks of two widths: 99 % full, most attend over the short one, the wide one holds two examples.
 WIDTHS, BATCH_TOKENS, CONTEXT = (192, 384), 1024, 1024
+CHUNK = 5000  # documents that are made at a time
+KEEP_EVERY = 200  # steps, after which a killed pretraining goes on
 QUOTES = 9000  # documents of words said twice, before all others: 0.3 million tokens
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 _PIECE = (
@@ -205,15 +208,17 @@ def pretrain(
     """Pretrain one size and write its folder: bf16 weights, tokenizer, curve, provenance.
 
     tokens: length of the corpus, each token seen once. `log` gets a dict at every evaluation.
-    The folder appears whole or not at all. Returns the provenance, with `curve` (list of rows).
+    The folder appears whole or not at all; a killed run goes on where <out>.state.pt left off, to
+    the same weights. Returns the provenance, with `curve` (list of rows).
     """
     out, began = Path(out), time.time()
     tokens = tokens or TOKENS[size]
+    state = out.with_name(out.name + ".state.pt")
     tokenizer = build_tokenizer()
     made: list[tuple[list[int], int]] = []
     count, chunk = 0, 0
     while count < tokens:  # in chunks, so that texts never stand in memory together
-        part = encode(tokenizer, corpus.documents(seed * 1000 + 10 + chunk, 5000), context_loss)
+        part = encode(tokenizer, corpus.documents(seed * 1000 + 10 + chunk, CHUNK), context_loss)
         made += [(np.array(ids, np.int16), first) for ids, first in part]  # lists would take 1 GB
         count += sum(len(ids) for ids, _ in part)
         chunk += 1
@@ -240,13 +245,20 @@ def pretrain(
         ),
     )
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
-    curve, loss_sum, since, seen = [], 0.0, 0, 0
+    curve, loss_sum, since, seen, first = [], 0.0, 0, 0, 0
+    key = [size, seed, context_loss, steps, lr, WIDTHS, BATCH_TOKENS, corpus.corpus_hash()]
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if state.exists() and (kept := torch.load(state, weights_only=True))["key"] == str(key):
+        for name, part in parts.items():
+            part.load_state_dict(kept[name])
+        curve, loss_sum, since, seen, first = kept["counts"]
+        print(f"pretrain {size}: goes on at step {first}", flush=True)
     print(
         f"pretrain {size}: {count:,} tokens, {steps} steps, data in {time.time() - began:.0f} s",
         flush=True,
     )
     began_training = time.time()
-    for step, blocks in enumerate(data):
+    for step, blocks in enumerate(data[first:], first):
         batch = _inputs(blocks)
         seen += int((blocks[1] > 0).sum())
         with autocast:
@@ -266,7 +278,7 @@ def pretrain(
             row = {"size": size, "tokens": seen, "train": loss_sum / since, "heldout": held}
             curve.append(row)
             loss_sum, since = 0.0, 0
-            left = (time.time() - began_training) / (step + 1) * (steps - step - 1)
+            left = (time.time() - began_training) / (step + 1 - first) * (steps - step - 1)
             print(
                 f"pretrain {size}: step {step + 1}/{steps} train {row['train']:.4f} "
                 f"heldout {held:.4f} "
@@ -275,6 +287,12 @@ def pretrain(
             )
             if log:
                 log({f"pretrain/{size}/{k}": v for k, v in row.items() if k != "size"})
+        if (step + 1) % KEEP_EVERY == 0:
+            now = {name: part.state_dict() for name, part in parts.items()}
+            counts = [curve, loss_sum, since, seen, step + 1]
+            state.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(state) as temporary:
+                torch.save({"key": str(key), "counts": counts, **now}, temporary)
     info = {
         "size": size,
         "tokens": seen,
@@ -289,6 +307,7 @@ def pretrain(
         "curve": curve,
     }
     _save(model, tokenizer, info, out)
+    state.unlink(missing_ok=True)
     return info
 
 
