@@ -14,6 +14,11 @@ from torch import nn
 from . import models, preference, sft
 
 
+def _precise(x):
+    """float32 instead of bf16; float64, in which the tests take gradients, stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class ResponseLogprobs(nn.Module):
     """A causal LM that gives log-probabilities of the response tokens alone: its head never sees
     prompt or padding. Right padding needs no attention mask: attention is causal, so that what
@@ -37,7 +42,7 @@ class ResponseLogprobs(nn.Module):
     def forward(self, ids, at, targets, with_entropy=False):
         """ids: (B, L); at: (N,) flat places in (B, L) whose next token is wanted; targets: (N,).
         Returns log-probabilities (N,) and the distributions' entropies (N,) in nats, or None."""
-        logits = self._logits(ids, at).float() / self.temperature
+        logits = _precise(self._logits(ids, at)) / self.temperature
         logp = -nn.functional.cross_entropy(logits, targets, reduction="none")
         if not with_entropy:
             return logp, None
@@ -56,7 +61,7 @@ class ResponseValues(nn.Module):
         """ids: (B, L); at: (N,) flat places in (B, L) -> values (N,)."""
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         rows = self.model.score(hidden.flatten(0, 1).index_select(0, at))
-        return (rows.squeeze(-1).float() - self.mean) / self.std
+        return (_precise(rows.squeeze(-1)) - self.mean) / self.std
 
 
 class Actor(nn.Module):
