@@ -85,8 +85,9 @@ def peer(s, prompts, gate):
 
     rows = Dataset.from_dict({"input_ids": [p["ids"] for p in prompts]})
     settings = PPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=s["micro"],
-        gradient_accumulation_steps=s["episodes"] // s["micro"],
+        # trl cuts this batch into the minibatches; with accumulation it would skip updates.
+        output_dir=str(folder / "trl"), per_device_train_batch_size=s["episodes"],
+        gradient_accumulation_steps=1,
         num_mini_batches=s["episodes"] // s["minibatch"],
         local_rollout_forward_batch_size=s["episodes"],
         total_episodes=s["episodes"] * s["iterations"], num_ppo_epochs=2,

@@ -87,14 +87,14 @@ def ppo(spec, **sizes):
         with tempfile.TemporaryDirectory() as folder:
             settings = {**prepare(spec, Path(folder), quick), **sizes}
             if quick:
-                settings |= {"episodes": 4, "minibatch": 2, "micro": 2, "new_tokens": 6}
+                settings |= {"episodes": 4, "minibatch": 2, "new_tokens": 6}
             settings["iterations"] = rounds + 3  # the first, a warm one, and a last, not reached
             found, memory = pair(settings, rounds)
             where = dict(machine=settings.pop("machine"), commit=measure.commit())
             out = {"results": [{"name": f"ppo_{size}", "unit": "episodes/s", **found, **where}],
                    "memory": [{"name": f"ppo_{size}", "unit": "MB", **memory, **where}],
                    "growth": []}  # fmt: skip
-            points = [(32, 48), (128, 16), (128, 48), (128, 96)] if size == "xs" else []
+            points = [(32, 48), (64, 48), (256, 48), (128, 16), (128, 96)] if size == "xs" else []
             for episodes, new in [(2, 4), (4, 4)] if quick and points else points:
                 more = {"episodes": episodes, "new_tokens": new, "iterations": 4 if quick else 6}
                 grown, _ = pair({**settings, **more}, more["iterations"] - 3)
@@ -136,13 +136,13 @@ def pm_smollm2(rounds, quick):
     """hh-rlhf comparisons/s of training alone (no loading); and the mean loss of both, over the
     same rows in the same number of steps."""
     count, batch, longest = (4, 2, 48) if quick else (64, 8, 512)
-    rows = real_comparisons(count)
     losses = {}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         model, tokenizer = models.load(sampling.SMOLLM2, dtype="float32")
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
+        rows = real_comparisons(count, tokenizer, longest)
         where = {"machine": measure.machine(model), "commit": measure.commit()}
         del model
 
@@ -165,10 +165,17 @@ def pm_smollm2(rounds, quick):
             "losses": [{**row, "unit": "nats", **mean}]}  # fmt: skip
 
 
-def real_comparisons(count):
-    """Rows of hh-rlhf, ragged as they are, the rotten ones left out."""
-    rows = data.load_comparisons("hh-rlhf/harmless-base/test", limit=3 * count, seed=0)
-    return preference.check(rows, on_bad="skip")[:count]
+def real_comparisons(count, tokenizer, longest):
+    """Rows of hh-rlhf, ragged as they are, without the rotten ones and those longer than `longest`
+    tokens, which ours would cut and trl would leave out."""
+    rows = data.load_comparisons("hh-rlhf/harmless-base/test", limit=6 * count, seed=0)
+
+    def fits(row):
+        talks = (dialogue.render(row["prompt"] + row[side], tokenizer, False)
+                 for side in ("chosen", "rejected"))
+        return all(len(tokenizer(talk)["input_ids"]) < longest for talk in talks)
+
+    return [r for r in preference.check(rows, on_bad="skip") if fits(r)][:count]
 
 
 def reward_trainer(base, rows, folder, batch, longest, seed):
@@ -181,6 +188,7 @@ def reward_trainer(base, rows, folder, batch, longest, seed):
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=1, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, std=1 / (model.config.hidden_size + 1))  # as ours
     settings = RewardConfig(
         output_dir=str(folder), per_device_train_batch_size=batch, num_train_epochs=1,
         learning_rate=1e-4, max_length=longest, seed=seed, report_to="none", save_strategy="no",
@@ -196,9 +204,9 @@ def reward_trainer(base, rows, folder, batch, longest, seed):
 
 
 BENCHES = {
-    "ppo_xs": ppo("miniature/xs", episodes=128, minibatch=32, micro=32, new_tokens=48),
-    "ppo_s": ppo("miniature/s", episodes=128, minibatch=32, micro=32, new_tokens=48),
-    "ppo_m": ppo("miniature/m", episodes=128, minibatch=32, micro=32, new_tokens=48),
-    "ppo_smollm2": ppo(sampling.SMOLLM2, episodes=16, minibatch=8, micro=8, new_tokens=48),
+    "ppo_xs": ppo("miniature/xs", episodes=128, minibatch=32, new_tokens=48),
+    "ppo_s": ppo("miniature/s", episodes=128, minibatch=32, new_tokens=48),
+    "ppo_m": ppo("miniature/m", episodes=128, minibatch=32, new_tokens=48),
+    "ppo_smollm2": ppo(sampling.SMOLLM2, episodes=16, minibatch=8, new_tokens=48),
     "pm_smollm2": pm_smollm2,
 }

@@ -7,6 +7,7 @@ zero. It is the head, the tokens and the trainer of a preference model under ano
 """
 
 import math
+import numbers
 import time
 
 import numpy as np
@@ -38,7 +39,7 @@ def check(rows):
         talk, score = row.get("messages") or [], row.get("score")
         if len(talk) < 2 or talk[-1].get("role") != "assistant":
             raise ValueError(f"row {i}: 'messages' must be a prompt and an assistant turn")
-        if isinstance(score, bool) or not isinstance(score, int | float) \
+        if isinstance(score, bool) or not isinstance(score, numbers.Real) \
                 or not math.isfinite(score):
             raise ValueError(f"row {i}: 'score' must be a finite number, got {score!r}")
     if not rows:

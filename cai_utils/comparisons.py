@@ -51,6 +51,10 @@ def _normal(row):
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt or prompt[-1].get("role") != "user":
         return None, "no common prompt that ends with a user turn"
+    roles = [turn.get("role") for turn in prompt]
+    roles = roles[roles[0] == "system" :]
+    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+        return None, "the prompt's turns are not user, assistant, ..., user in turn"
     for answer in (chosen, rejected):
         if len(answer) != 1 or answer[0].get("role") != "assistant":
             return None, "an answer is not one assistant turn after the common prompt"

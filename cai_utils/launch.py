@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from .data import read_rows, write_rows
+from .params import read_params
 
 
 def main(module, function, arguments=None):
@@ -29,7 +30,10 @@ def main(module, function, arguments=None):
         sys.exit(f"usage: accelerate launch -m {module} CONFIG.yaml (the arguments of {function})")
     if not Path(arguments[0]).is_file():
         sys.exit(f"error: {arguments[0]}: no such file; give a YAML file of {function}'s arguments")
-    config = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8")) or {}
+    try:
+        config = read_params(arguments[0])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     project = config.pop("wandb_project", None)
     stage = getattr(importlib.import_module(module), function)
     known = inspect.signature(stage).parameters
@@ -42,7 +46,8 @@ def main(module, function, arguments=None):
     for name, value in config.items():
         if isinstance(value, str) and value.endswith(".jsonl"):
             config[name] = read_rows(value)
-    if project and "log" in known:
+    # One W&B run, not one a process.
+    if project and "log" in known and os.environ.get("RANK", "0") == "0":
         import wandb
 
         config["log"] = wandb.init(project=project, config=dict(config, prompts=None)).log
@@ -54,7 +59,8 @@ def main(module, function, arguments=None):
 
 def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
     """`stage(*arguments, **more)` in this process, or in `num_processes` that `accelerate launch`
-    starts (GPUs where there are, else CPU processes).
+    starts (GPUs where there are, else CPU processes). PPO's `bf16` holds there too, unless
+    `accelerate_config` is given, which says it itself.
 
     stage: `ppo.train`, `preference.train` or `sft.finetune`. accelerate_config: a file of
     params/accelerate/. Returns what the stage returns in one process; from several, PPO's history
@@ -74,9 +80,13 @@ def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
                 bound[name] = str(value)
         config = Path(folder) / "config.yaml"
         # Through JSON: numpy's numbers and tuples are nothing that YAML should see.
-        plain = json.loads(json.dumps(bound, default=lambda x: x.tolist()))
+        plain = json.loads(json.dumps(bound, default=_plain))
         config.write_text(yaml.safe_dump(plain), encoding="utf-8")
-        done = subprocess.run([*command(num_processes, accelerate_config), stage.__module__,
+        bf16 = bound.get("bf16", "auto")
+        if bf16 == "auto":
+            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        begin = command(num_processes, accelerate_config, "bf16" if bf16 else "no")
+        done = subprocess.run([*begin, stage.__module__,
                                str(config)], env=environment(), stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"{stage.__module__} failed in {num_processes} processes:\n"
@@ -91,9 +101,16 @@ def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
     return json.loads((out_dir / "training.json").read_text(encoding="utf-8"))
 
 
-def command(num_processes, accelerate_config=None):
+def _plain(x):
+    if hasattr(x, "tolist"):
+        return x.tolist()
+    raise ValueError(f"{x!r} cannot be handed to other processes: give a folder or a file, or "
+                     "num_processes=1")
+
+
+def command(num_processes, accelerate_config=None, precision="no"):
     """The command line up to the module's name, without a GPU for CPU processes (gloo)."""
-    plain = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
+    plain = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", precision,
              "--dynamo_backend", "no"]
     config = ["--config_file", str(accelerate_config)] if accelerate_config else plain
     return [sys.executable, "-m", "accelerate.commands.launch", *config,

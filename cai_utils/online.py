@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cai_utils import preference
+from cai_utils import models, preference
 
 
 class refresher:
@@ -27,7 +27,7 @@ class refresher:
 
     def __init__(self, pm, label, prompts, folder, *, n=64, human_rows=None, ai_share=0.5, seed=0,
                  temperature=1.0, max_new_tokens=48, key=None, **options):
-        self.pm, self.label, self.folder = pm, label, Path(folder)
+        self.pm, self.first, self.label, self.folder = pm, pm, label, Path(folder)
         self.prompts = [row["prompt"] if isinstance(row, dict) else row for row in prompts]
         self.n, self.human_rows, self.ai_share, self.seed = n, human_rows, ai_share, seed
         self.how = {"temperature": temperature, "max_new_tokens": max_new_tokens}
@@ -35,12 +35,13 @@ class refresher:
         if n > len(self.prompts):
             raise ValueError(f"{len(self.prompts)} prompts are fewer than the n={n} of a refresh")
         self.key = None if key is None else {
-            "key": key, "n": n, "ai_share": ai_share, "seed": seed, "pm": str(pm), **self.how,
-            **options}
+            "key": key, "n": n, "ai_share": ai_share, "seed": seed, **self.how, **options,
+            "pm": models.resolve(pm, options.get("runs_dir")), "prompts": self.prompts,
+            "human_rows": human_rows}
 
     def resume(self, pm):
-        """After a kill: the PM that the last refresh before it made."""
-        self.pm = pm
+        """After a kill: the PM that the last refresh before it made, None: there was none."""
+        self.pm = self.first if pm is None else pm
 
     def __call__(self, iteration, sampler):
         """iteration: how many are done; sampler: the policy's -> the new PM's folder."""

@@ -17,8 +17,9 @@ NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def profiles(root) -> list[str]:
-    """Names of the folders of ``params/``."""
-    return sorted(p.name for p in (Path(root) / "params").glob("*") if p.is_dir())
+    """Names of the folders of ``params/``; params/accelerate/ holds launch configs, no profile."""
+    found = (p.name for p in (Path(root) / "params").glob("*") if p.is_dir())
+    return sorted(name for name in found if name != "accelerate")
 
 
 def notebooks(root) -> list[str]:

@@ -28,7 +28,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast, gather_object, parse_flag_from_env
 
-from . import dialogue, launch, models, ppo_checkpoint, ppo_math, ppo_nets, ppo_step
+from . import dialogue, launch, models, ppo_checkpoint, ppo_math, ppo_nets, ppo_step, preference
 from .ppo_nets import ResponseLogprobs, ResponseValues, length_groups, pack
 from .provenance import atomic
 from .sampling import Sampler
@@ -71,8 +71,9 @@ def train(
         Under `accelerate launch` its config decides instead.
     checkpoint_every: iterations between two checkpoints; 0: none. The same call (same arguments,
         models, prompts, code, versions) goes on from the last one and ends as if it had not been
-        interrupted; when it had finished, its history is returned. With a PM or `refresh` that is
-        an object, only if that has an attribute `key` (JSON) that says what it is.
+        interrupted; when it had finished, its history is returned; another call is refused while
+        the checkpoint is there. With a PM or `refresh` that is an object, only if that has an
+        attribute `key` (JSON) that says what it is, and `refresh` returns folders.
     refresh: online RLAIF (paper, section 6.1): before every `refresh_every`-th iteration but the
         first, `refresh(iteration, sampler)`, with the iterations done and the current policy's
         `Sampler`, returns the PM from there on (a folder or a scorer); see `online.refresher`.
@@ -84,8 +85,8 @@ def train(
 
     Metrics have trl's names. objective/scores is the PM's own mean score; objective/rlhf_reward the
     mean of normalised score - penalty - kl_coef * KL; objective/kl is in nats per response.
-    ValueError: different tokenizers, too few or too long prompts, a quantity that is not finite
-    (the message names iteration and quantity; what was saved stays).
+    ValueError: different tokenizers, too few or too long prompts, a checkpoint of another run, a
+    quantity that is not finite (the message names iteration and quantity; what was saved stays).
     """
     options = dict(locals())
     out_dir = Path(out_dir)
@@ -94,9 +95,11 @@ def train(
         raise ValueError(f"{len(prompts)} prompts are fewer than the {episodes} episodes of an "
                          "iteration: give more prompts or lower `episodes`")
     here = PartialState(cpu=_on_cpu())
-    if episodes < here.num_processes or (refresh and here.num_processes > 1):
-        raise ValueError(f"{here.num_processes} processes: `episodes` ({episodes}) must be as "
-                         "many at least, and `refresh` trains its PM in one process only")
+    if episodes < here.num_processes:
+        raise ValueError(f"{episodes} episodes are fewer than the {here.num_processes} processes "
+                         "that share them: raise `episodes`")
+    if refresh and here.num_processes > 1:
+        raise ValueError("`refresh` trains its PM in one process: start one only")
     key = None
     if here.is_main_process and checkpoint_every:
         key = ppo_checkpoint.key(options, prompts, train, here.num_processes)
@@ -109,6 +112,8 @@ def train(
     if saved.finished():
         print(f"ppo: {out_dir} holds this run, finished: taken as it is", flush=True)
         return pd.read_csv(out_dir / "history.csv")
+    if saved.key is None and checkpoint_every:
+        saved.stop("a PM or `refresh` that is an object without `key` cannot be compared")
     prompt_ids = _tokenize(prompts, tokenizer, model, max_new_tokens)
     policy, value = ResponseLogprobs(model, temperature), ResponseValues(value_model)
     bare = ppo_nets.Actor(policy, value)
@@ -168,9 +173,10 @@ def train(
         saved.load(folder)
         history, first = state["history"], state["iteration"] + 1
         kl_coef, norm, pm = state["kl_coef"], state["norm"], state["pm"]
+        value.mean, value.std = state["value"]
         if pm is not None:
             scorer = ppo_nets.scorer_of(pm, tokenizer, policy_spec, device, micro_tokens, runs_dir)
-            getattr(refresh, "resume", lambda pm: None)(pm)
+        getattr(refresh, "resume", lambda pm: None)(pm)
         print(f"ppo: goes on from iteration {first - 1} of {iterations}", flush=True)
         if log is not None and main:  # a new W&B run shows the whole curve
             for row in history:
@@ -190,6 +196,8 @@ def train(
             pm = _apart(refresh, iteration - 1, sampler)
             scorer = ppo_nets.scorer_of(pm, tokenizer, policy_spec, device, micro_tokens, runs_dir)
             norm = None
+            if saved.key is not None and not isinstance(pm, str | Path):
+                saved.stop("`refresh` returned an object, not the folder of a PM")
         chosen = _draw(len(prompts), episodes, (iteration - 1) * episodes, seed)
         fresh = int(np.random.SeedSequence([seed, iteration]).generate_state(1)[0])
         completions, _, scores, seconds = respond(chosen, fresh)
@@ -197,9 +205,13 @@ def train(
         if norm is None:
             norm = score_norm or (0.0, 1.0)
             if score_norm == "start":
-                norm = (scores.mean().item(), max(scores.std().item(), 1e-6))
+                spread = scores.std().item() if episodes > 1 else 1.0
+                norm = (scores.mean().item(), max(spread, 1e-6))
+            # The value model began as the PM, so its unit is that PM's; a later PM has another, but
+            # what is learned, normalised returns, keeps its own.
+            if iteration == 1 and isinstance(scorer, preference.Scorer):
+                value.mean, value.std = norm[0] + scorer.mean, norm[1]
         mean, std = norm
-        value.mean, value.std = mean + getattr(scorer, "mean", 0.0), std
         ended = torch.tensor([c.finish_reason == "eos" for c in completions], device=device)
         shaped = (scores - mean) / std - missing_eos_penalty * (~ended).float()
         batch = [{"prompt_ids": prompt_ids[i], "response_ids": list(c.token_ids)}
@@ -248,10 +260,11 @@ def train(
         if iteration == iterations or (snapshot_every and iteration % snapshot_every == 0):
             table = {"completions": snapshot(out_dir / f"step-{iteration * episodes}")}
         if checkpoint_every and iteration % checkpoint_every == 0 and iteration < iterations:
-            for name, weight in whole.named_parameters():
-                ppo_step.finite(weight, f"the policy's {name}", iteration)
+            for name, weight in bare.named_parameters():
+                ppo_step.finite(weight, f"the weight {name}", iteration)
             saved.save(iteration, {"iteration": iteration, "kl_coef": kl_coef, "norm": norm,
-                                   "pm": pm if pm is None else str(pm), "history": history})
+                                   "value": (value.mean, value.std), "history": history,
+                                   "pm": pm if pm is None else str(pm)})
         if log is not None and main:
             log({**row, **table})
     snapshot(out_dir)
@@ -286,10 +299,17 @@ def _accelerator(model, bf16):
         bf16 = models.bf16_pays(model)
     options = {"mixed_precision": "bf16"} if bf16 else {}
     launched = PartialState().num_processes > 1
-    return Accelerator(
+    accelerator = Accelerator(
         **({} if launched else options),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.gradient_accumulation_steps != 1 or accelerator.mixed_precision == "fp16":
+        raise ValueError("PPO accumulates gradients by `micro_tokens` and scales no losses: set "
+                         "gradient_accumulation_steps to 1 and mixed_precision to bf16 or no")
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:  # DeepSpeed wants to know it; our batches are not made by a loader
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    return accelerator
 
 
 def _follow(whole, adapted, actor, accelerator):

@@ -17,8 +17,8 @@ from accelerate.utils import broadcast_object_list
 
 from . import models, provenance
 
-# Where results go and how they are shown; not what is in them.
-_NOT_IN_KEY = {"out_dir", "log", "print_every", "checkpoint_every", "runs_dir"}
+# Where results go, how they are shown, and memory; not what is in them.
+_NOT_IN_KEY = {"out_dir", "log", "print_every", "checkpoint_every", "runs_dir", "micro_tokens"}
 
 
 def key(options, prompts, function, processes):
@@ -47,35 +47,41 @@ class Checkpoints:
         # Computed by one process, as all the others must do what it does.
         self.key = broadcast_object_list([key])[0]
 
+    def stop(self, why):
+        """No checkpoint from here on, which is said."""
+        self.key = None
+        if self.accelerator.is_main_process:
+            print(f"ppo: no checkpoints: {why}", flush=True)
+
     def finished(self):
         """The number of iterations of a finished run of this very call, or 0."""
         record = _read(self.out_dir / "training.json")
         return record.get("iterations", 0) if self.key and record.get("key") == self.key else 0
 
     def find(self):
-        """(folder, state) of the last checkpoint of this call, or (None, None); says so when the
-        last one there belongs to another call, and removes all others."""
-        found, other = (None, None), None
-        folders = sorted(self.out_dir.glob("checkpoint-*"), key=lambda f: -int(f.name[11:]))
-        for folder in folders:
-            state = _read(folder / "state.json")
-            if found[0] is None and self.key and state.get("key") == self.key:
-                found = folder, state
-            else:
-                other = other or (state.get("key") or {})
-        if other is not None and found[0] is None and self.accelerator.is_main_process:
-            changed = sorted(k for k, v in (self.key or {}).items() if other.get(k) != v)
-            print(f"ppo: the checkpoint in {self.out_dir} belongs to another run (it differs in "
-                  f"{', '.join(changed) or 'what cannot be compared'}): begun anew", flush=True)
+        """(folder, state) of the last checkpoint, or (None, None); ValueError, which says in what it
+        differs, when it belongs to another call: it may be all that is left of a long run."""
+        found = [(f, state) for f, state in self._own() if state["key"] == self.key]
+        other = [(f, state) for f, state in self._own() if state["key"] != self.key]
+        if other and not found:
+            folder, state = other[-1]
+            now, then = self.key or {}, state["key"] or {}
+            changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
+            raise ValueError(
+                f"{folder} belongs to another run: it differs in {', '.join(changed)}. Remove that "
+                "folder to begin anew, choose another out_dir, or call as then to go on from it")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            for folder in folders:
-                if folder != found[0]:
-                    shutil.rmtree(folder)
             for stale in self.out_dir.glob(".checkpoint-*"):  # a kill while it was written
                 shutil.rmtree(stale)
         self.accelerator.wait_for_everyone()
-        return found
+        return found[-1] if found else (None, None)
+
+    def _own(self):
+        """[(folder, state)] of the folders that `save` wrote, in the order of their iterations."""
+        read = [(f, _read(f / "state.json")) for f in self.out_dir.glob("checkpoint-*")]
+        return sorted((pair for pair in read if "iteration" in pair[1] and "key" in pair[1]),
+                      key=lambda pair: pair[1]["iteration"])
 
     def begin(self):
         """Of an earlier, other run: its snapshots would mix into this one's curve."""
@@ -86,6 +92,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def load(self, folder):
+        """Weights, optimizer and random states of this process from a checkpoint's folder."""
         self.accelerator.load_state(str(folder))
 
     def save(self, iteration, state):
@@ -99,16 +106,17 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             provenance.write_json(temporary / "state.json", {"key": self.key, **state})
             os.replace(temporary, folder)
-            for old in self.out_dir.glob("checkpoint-*"):
+            for old, _ in self._own():
                 if old != folder:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
     def finish(self, iterations):
+        """Notes that the run is whole; its checkpoints are no longer needed."""
         if self.accelerator.is_main_process:
             record = {"stage": "ppo", "iterations": iterations, "key": self.key}
             provenance.write_json(self.out_dir / "training.json", record)
-            for old in self.out_dir.glob("checkpoint-*"):
+            for old, _ in self._own():
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 

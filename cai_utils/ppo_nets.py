@@ -165,7 +165,8 @@ def scorer_of(pm, tokenizer, policy_spec, device, micro_tokens, runs_dir):
                                    runs_dir=runs_dir)
         scorer.model.to(device)
     if isinstance(scorer, preference.Scorer):
-        if scorer.tokenizer.get_vocab() != tokenizer.get_vocab():
+        own = [(t.get_vocab(), t.bos_token, t.eos_token) for t in (scorer.tokenizer, tokenizer)]
+        if own[0] != own[1]:
             raise ValueError(f"the PM {pm} and the policy {policy_spec} have different tokenizers: "
                              "train the PM from a model of the policy's family")
     return scorer

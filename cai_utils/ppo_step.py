@@ -18,6 +18,7 @@ _MEANS = ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/cl
 
 
 def finite(x, quantity, iteration):
+    """x: a number or a tensor of any shape; ValueError that names it when it is not finite."""
     if not torch.isfinite(torch.as_tensor(x)).all():
         raise ValueError(f"{quantity} is not finite in iteration {iteration}: PPO stopped, what "
                          "was saved is kept; look at history.csv and at the PM, or lower lr")
@@ -26,7 +27,8 @@ def finite(x, quantity, iteration):
 @torch.no_grad()
 def evaluate(actor, reference, accelerator, batch, shaped, options, kl_coef, iteration):
     """What the updates need from the models that sampled: a dict of (B, T) tensors logp, values,
-    returns, advantages, mask; and metrics. shaped: (B,) normalised scores less penalties."""
+    returns, advantages, mask; and metrics. shaped: (B,) normalised scores less penalties.
+    ValueError when a log-probability or a value is not finite."""
     device = shaped.device
     lengths = torch.tensor([len(e["response_ids"]) for e in batch], device=device)
     mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]).float()
@@ -73,7 +75,8 @@ def update(actor, optimizer, accelerator, batch, data, options, iteration):
     """Epochs of shuffled minibatches; returns metrics, means over the minibatches.
 
     A minibatch is drawn at random and passes through the models in parts of like length, whose
-    gradients add up: little padding, and still no minibatch of short responses only."""
+    gradients add up: little padding, and still no minibatch of short responses only. ValueError,
+    before the weights are touched, when a loss or a gradient is not finite."""
     mask = data["mask"] > 0
     lengths = [len(e["prompt_ids"]) + len(e["response_ids"]) for e in batch]
     bare, world = accelerator.unwrap_model(actor), accelerator.num_processes

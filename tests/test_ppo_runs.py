@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_ppo import PROMPTS, lab, run, steady  # noqa: F401 (lab is a fixture)
 
-from cai_utils import launch, models, online, ppo, ppo_nets, preference
+from cai_utils import launch, models, online, ppo, ppo_nets, preference, sft
 from cai_utils.data import write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,20 +89,59 @@ def test_a_checkpoint_of_another_run_is_named_and_not_used(lab, tmp_path, capsys
     with pytest.raises(KeyboardInterrupt):
         run(lab, tmp_path, iterations=3, checkpoint_every=1, log=stop)
     assert (tmp_path / "checkpoint-2").is_dir()
-    capsys.readouterr()
-    history = run(lab, tmp_path, iterations=3, checkpoint_every=1, lr=2e-3)
-    said = capsys.readouterr().out
-    assert "belongs to another run (it differs in lr): begun anew" in said
+    (tmp_path / "checkpoint-best").mkdir()  # of somebody else: not ours to read or remove
+    with pytest.raises(ValueError, match="checkpoint-2 belongs to another run: it differs in lr. "):
+        run(lab, tmp_path, iterations=3, checkpoint_every=1, lr=2e-3)
+    other = tmp_path / "lab"
+    shutil.copytree(lab, other)
+    policy, tokenizer = models.load(lab / "policy", dtype="float32")
+    policy.lm_head.weight.data += 0.1
+    policy.save_pretrained(other / "policy")
+    with pytest.raises(ValueError, match="it differs in policy_spec. Remove that folder"):
+        run(other, tmp_path, iterations=3, checkpoint_every=1)
+    assert (tmp_path / "checkpoint-2" / "state.json").is_file()
+    history = run(lab, tmp_path, iterations=3, checkpoint_every=1)
     assert list(history["iteration"]) == [1, 2, 3]
+    assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-best"]
+
+
+class Judge:
+    """Counts w3; says NaN from its `bad`-th call on."""
+
+    key = "counts w3"
+
+    def __init__(self, bad=None):
+        self.calls, self.bad = 0, bad
+
+    def score(self, conversations):
+        self.calls += 1
+        if self.bad and self.calls >= self.bad:
+            return [float("nan")] * len(conversations)
+        return [talk[-1]["content"].count("w3") for talk in conversations]
 
 
 def test_not_finite_keeps_the_last_good_checkpoint(lab, tmp_path):  # noqa: F811
+    how = dict(iterations=5, checkpoint_every=1, snapshot_every=0)
+    whole = run(lab, tmp_path / "whole", judge=Judge(), **how)
+    with pytest.raises(ValueError, match="the PM score is not finite in iteration 4"):
+        run(lab, tmp_path / "out", judge=Judge(bad=5), **how)  # call 1: the snapshot at the start
+    assert [f.name for f in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    mended = run(lab, tmp_path / "out", judge=Judge(), **how)
+    pd.testing.assert_frame_equal(steady(mended), steady(whole), check_exact=True)
+
+
+def test_weights_that_are_not_finite_are_never_saved(lab, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match="not finite"):
-        run(lab, tmp_path, lr=1e30, checkpoint_every=1, iterations=4)
-    for folder in tmp_path.glob("checkpoint-*"):
-        state = torch.load(folder / "pytorch_model.bin", weights_only=True)
-        assert all(torch.isfinite(x).all() for k, x in state.items() if k.startswith("policy"))
+        run(lab, tmp_path, lr=1e38, checkpoint_every=1, iterations=4)
+    assert not list(tmp_path.glob("checkpoint-*"))
     assert (tmp_path / "step-0" / "config.json").is_file()
+
+
+def test_an_object_without_a_key_has_no_checkpoints_and_says_so(lab, tmp_path, capsys):  # noqa: F811
+    judge = Judge()
+    judge.key = None
+    run(lab, tmp_path, judge=judge, iterations=1)
+    assert "ppo: no checkpoints: a PM or `refresh`" in capsys.readouterr().out
 
 
 # --- several processes -----------------------------------------------------------------------
@@ -118,8 +158,9 @@ def test_every_row_is_passed_exactly_once_in_as_many_passes(lengths, max_tokens,
 
 
 def test_two_processes_equal_one(lab, tmp_path):  # noqa: F811
+    # Few tokens a pass: gradients are accumulated, and one process waits for the other's last.
     how = dict(lr=1e-3, iterations=3, episodes=15, minibatch=8, max_new_tokens=6, print_every=0,
-               missing_eos_penalty=0.5, seed=2, snapshot_every=0)  # fmt: skip
+               missing_eos_penalty=0.5, seed=2, snapshot_every=0, micro_tokens=30)  # fmt: skip
     alone = ppo.train(lab / "policy", lab / "pm", PROMPTS, tmp_path / "one", **how)
     logged = []
     both = launch.run(ppo.train, lab / "policy", lab / "pm", PROMPTS, tmp_path / "two",
@@ -147,7 +188,20 @@ def test_preference_and_sft_run_on_two_processes(lab, tmp_path):  # noqa: F811
     both = launch.run(preference.train, lab / "policy", rows, tmp_path / "two", num_processes=2,
                       **how)
     assert both["steps"] == alone["steps"] == 4 and both["pairs"] == 32
-    assert both["train_loss"] == pytest.approx(alone["train_loss"], rel=0.05)
+    talks = [row(i)["prompt"] + row(i)["chosen"] for i in range(10)]
+    one, two = (preference.Scorer(tmp_path / f).score(talks) for f in ("one", "two"))
+    start = preference.Scorer(tmp_path / "one").model.score.weight
+    assert np.isfinite(start.detach()).all() and np.ptp(one) > 0
+    np.testing.assert_allclose(one, two, atol=0.1 * np.abs(one).max())
+
+    talks = [{"messages": r["prompt"] + r["chosen"]} for r in rows]
+    how = dict(batch_size=8, lr=3e-3)
+    sft.finetune(lab / "policy", talks, tmp_path / "s1", **how)
+    both = launch.run(sft.finetune, lab / "policy", talks, tmp_path / "s2", num_processes=2, **how)
+    start, one, two = (weights(f) for f in (lab / "policy", tmp_path / "s1", tmp_path / "s2"))
+    moved = max((one[k] - start[k]).abs().max() for k in one)
+    apart = max((one[k] - two[k]).abs().max() for k in one)
+    assert both["steps"] == 4 and apart < 0.3 * moved
 
 
 def test_a_config_that_does_not_fit_is_one_clear_error(tmp_path):
@@ -158,6 +212,17 @@ def test_a_config_that_does_not_fit_is_one_clear_error(tmp_path):
     assert "unknown argument lrr" in str(stop.value) and "lr is missing" in str(stop.value)
     with pytest.raises(SystemExit, match="no such file"):
         launch.main("cai_utils.ppo", "train", [str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
+def test_the_launch_configs_are_what_accelerate_reads(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = ROOT / "params" / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 2 and config.mixed_precision == "bf16"
+    kind = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}[name]
+    assert str(config.distributed_type).rpartition(".")[2] == kind
 
 
 def test_a_config_file_starts_a_run(lab, tmp_path):  # noqa: F811
@@ -191,6 +256,7 @@ def test_bf16_stays_near_fp32(lab, tmp_path):  # noqa: F811
     one = run(lab, tmp_path / "a", iterations=1)
     two = run(lab, tmp_path / "b", iterations=1, bf16=True)
     assert weights(tmp_path / "b")["lm_head.weight"].dtype == torch.float32
+    assert two["objective/entropy"][0] != one["objective/entropy"][0]
     assert two["objective/entropy"][0] == pytest.approx(one["objective/entropy"][0], rel=0.1)
     run(lab, tmp_path / "c", iterations=1)  # nothing of it stays behind
     pd.testing.assert_series_equal(pd.read_csv(tmp_path / "a" / "history.csv")["loss/policy_avg"],
@@ -234,6 +300,21 @@ def test_the_pm_is_refreshed_with_labels_on_the_policys_samples(lab, tmp_path): 
     record = json.loads((tmp_path / "pms" / "pm-4" / "training.json").read_text())
     assert record["base"].endswith("pm-2")
     assert all(len(set(p["responses"])) == 2 for pairs in seen for p in pairs)
+
+    def again(folder, log=None):
+        refresh = online.refresher(lab / "pm", label, PROMPTS, folder / "pms", n=12, batch_size=8,
+                                   max_new_tokens=6, key="likes w3")
+        return run(lab, folder / "out", iterations=5, refresh=refresh, refresh_every=2,
+                   score_norm="start", checkpoint_every=1, log=log)
+
+    def stop(row):  # after the checkpoint of iteration 3, which the first refreshed PM judged
+        if row["iteration"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        again(tmp_path / "killed", stop)
+    pd.testing.assert_frame_equal(steady(again(tmp_path / "killed")), steady(history),
+                                  check_exact=True)
 
 
 def same_scores(a, b):

@@ -246,6 +246,7 @@ BAD = [
     ({"chosen": say("a", "b"), "rejected": say("c", "d")}, "no common prompt"),
     ({**comparison("a", "good", "bad"), "chosen": say("b", "good")}, "not one assistant turn"),
     ({"prompt": say("a"), "chosen": "good", "rejected": "bad"}, "lists of messages"),
+    ({**comparison("a", "good", "bad"), "prompt": 2 * say("a")}, "user, assistant, ..., user"),
     (comparison("a", "good", "bad", 1.5), "p_chosen"),
     (comparison("a", "good", "bad", float("nan")), "p_chosen"),
     (comparison("a", "good", "bad", weight=-1.0), "weight"),

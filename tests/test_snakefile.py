@@ -14,6 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from cai_utils import params
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = {
     "00_miniature": "from cai_utils.miniature import world",
@@ -184,7 +186,7 @@ def test_mistakes_are_one_clear_error(lab):
 
 
 def test_the_repository_itself_has_a_plan_for_each_of_its_profiles():
-    profiles = sorted(p.name for p in (REPOSITORY / "params").glob("*") if p.is_dir())
+    profiles = params.profiles(REPOSITORY)
     if not profiles:
         pytest.skip("no params/ yet")
     for profile in profiles:
