@@ -24,12 +24,14 @@ _NO_COMPLETION = (KeyError, IndexError, TypeError, AttributeError, json.JSONDeco
 class Endpoint:
     """One model on one server.
 
-    url: up to /v1. timeout: seconds one request may take. tries: how often one is sent before the
+    url: up to /v1. timeout: seconds without a byte from the server after which a request is asked
+    again. tries: how often one is sent before the
     work ends with an error. backoff: seconds before the second try, doubled from then on; a
     Retry-After is kept to.
     """
 
     def __init__(self, url, model, *, connections=16, timeout=600.0, tries=8, backoff=0.5):
+        check_url(url)
         self.url, self.model, self.tries, self.backoff = url, model, tries, backoff
         local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
         self._client = httpx.Client(
@@ -69,7 +71,8 @@ class Endpoint:
                     why = "an answer that is no completion"
                     answer = response.json()
                     choice = answer["choices"][0]
-                    if isinstance(choice.get("text", choice.get("message")), (str, dict)):
+                    said = choice["message"] if "chat" in path else choice["text"]
+                    if isinstance(said, dict if "chat" in path else str):
                         return answer
             except httpx.HTTPError as error:
                 why = f"{type(error).__name__}: {error}"
@@ -88,7 +91,7 @@ class Endpoint:
             try:
                 self._client.get(f"{self.url}/models", headers=_headers())
                 self._alive = True
-            except httpx.TimeoutException:
+            except (httpx.ReadTimeout, httpx.WriteTimeout):
                 self._alive = True  # busy, not dead
             except httpx.HTTPError as error:
                 why = f"{type(error).__name__}: {error}"
@@ -100,15 +103,40 @@ class Endpoint:
             )
 
 
+def check_url(url):
+    """ValueError for what is no address of a server, and for one that holds a key, which is not
+    repeated."""
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query:
+        raise ValueError(
+            f"server:{parts.scheme}://{parts.hostname}...: no keys in a spec, which goes into "
+            f"notebooks and records; put the key into the environment variable {KEY}"
+        )
+    try:
+        parts.port  # noqa: B018 (raises)
+    except ValueError:
+        raise ValueError(f"{url}: its port is not a number from 0 to 65535") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url}: a server's address is http://host:port/v1")
+
+
+def _key():
+    """The key without the line's end that a file leaves on it. ValueError for one that no header
+    can carry, and that names the variable alone."""
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"the environment variable {KEY} holds characters that no key has; "
+                         "set it anew")
+    return key
+
+
 def _headers():
-    key = os.environ.get(KEY)
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    return {"Authorization": f"Bearer {_key()}"} if _key() else {}
 
 
 def _hidden(text):
     """Servers quote what they were sent."""
-    key = os.environ.get(KEY)
-    return text.replace(key, "***") if key else text
+    return text.replace(_key(), "***") if _key() else text
 
 
 def _message(response):

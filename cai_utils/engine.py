@@ -20,6 +20,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .kvcache import Layer, memory_budget, shared_beginnings
+from .models import check_causal
 
 # Architectures whose attention takes a ready-made additive mask in every layer. It is built once
 # per batch instead of in every step; all others get the usual 0/1 mask.
@@ -37,9 +38,11 @@ class Engine:
 
     def __init__(self, model, batch_tokens=None):
         self.model = model
+        check_causal(type(model).__name__, model.config)
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
-        if config.is_encoder_decoder or kinds - {"full_attention", "sliding_attention"}:
+        if (model.get_output_embeddings() is None
+                or kinds - {"full_attention", "sliding_attention"}):  # fmt: skip
             raise ValueError(
                 f"a {config.model_type} cannot be sampled here: it is not a causal LM with plain "
                 "attention; give a decoder such as a Llama, Qwen, GPT-NeoX or GPT-2"
@@ -142,6 +145,8 @@ class Engine:
             logprobs = torch.log_softmax(logits.float(), -1)
             more = logprobs.gather(-1, ids[:, 1:, None])[..., 0].double()
             total += torch.where(real[:, 1:].bool(), more, 0.0).sum(-1)
+        if not torch.isfinite(total).all():
+            raise ValueError("the model's logits are not finite; look at its weights and dtype")
         bounds = np.cumsum([len(row) for row in sequences])[:-1]
         return np.split(total.cpu().numpy(), bounds)
 
@@ -209,7 +214,8 @@ class Engine:
         if cache is None:
             _, cache = self._compute([beginning], ())
         self._prefixes[beginning] = cache
-        while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > self.batch_tokens // 4:
+        # Batches are ordered by length, so each may meet every beginning: all of them should fit.
+        while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > self.batch_tokens:
             self._prefixes.popitem(last=False)
         return cache
 

@@ -88,11 +88,13 @@ def shared_beginnings(prompts):
         first, last = group[0], group[-1]
         shared = min(len(first), len(last))
         shared = next((i for i in range(shared) if first[i] != last[i]), shared)
-        saved = (len(group) - 1) * shared - _SHARE_FROM
+        # A prompt that is the beginning itself keeps a token of its own to be computed.
+        common = min(shared, len(first) - 1)
+        saved = (len(group) - 1) * common - _SHARE_FROM
         if saved <= _SHARE_PART * sum(map(len, group)):
             whole = 0, []
         else:
-            whole = saved, [(shared, group)]
+            whole = saved, [(common, group)]
         if depth == 0:
             return whole
         parts = []
@@ -125,5 +127,6 @@ def out_of_memory(error):
     """Whether an exception says that memory ran out, on a GPU or (with torch's words) a CPU."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError)
-        and any(s in str(error) for s in ("can't allocate memory", "not enough memory"))
+        and any(s in str(error) for s in ("can't allocate memory", "not enough memory",
+                                          "CUDA error: out of memory", "ALLOC_FAILED"))
     )

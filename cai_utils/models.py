@@ -148,7 +148,7 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None):
             f"{spec}: no local folder of this name, and no such model could be loaded from the "
             f"Hugging Face hub ({str(error).splitlines()[0]})"
         ) from error
-    _check_causal(spec, config)
+    check_causal(spec, config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "left"
@@ -200,12 +200,13 @@ def _dtype(dtype, device):
     return torch.bfloat16 if fast_bf16 else torch.float32
 
 
-def _check_causal(spec, config):
+def check_causal(name, config):
+    """ValueError, which names the model, where a config is that of no causal LM."""
     masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
         config, "is_decoder", False
     )
     if masked or getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{spec}: a {config.model_type} is not a causal language model; "
+            f"{name}: a {config.model_type} is not a causal language model; "
             "give a decoder such as a Llama, Qwen, GPT-NeoX or GPT-2"
         )

@@ -235,7 +235,7 @@ class Sampler:
 
     def _texts(self, inputs):
         check_inputs(inputs)
-        texts = [render(item, self.tokenizer) for item in inputs]
+        texts = render_all(inputs, self.tokenizer)
         check_texts(texts)
         return texts
 
@@ -327,6 +327,11 @@ class Sampler:
         special = {str(token): i for i, token in added if token.special}
         own[[special[s] for s in stop if s in special]] = True
         strings = [s for s in stop if s not in special]
+        for s in strings:
+            mixed = next((token for token in special if token in s), None)
+            if mixed is not None:
+                raise ValueError(f"stop string {s!r}: {mixed!r} in it is a special token, which "
+                                 f"texts do not show; stop at {mixed!r} alone")
         if strings:
             raw = self.tokenizer.convert_ids_to_tokens(range(count))
             texts = self._text([[i] for i in range(count)])
@@ -367,6 +372,17 @@ def check_inputs(inputs):
     """ValueError unless inputs are a list of at least one."""
     if isinstance(inputs, str) or len(inputs) == 0:
         raise ValueError("give a list of at least one conversation or text")
+
+
+def render_all(inputs, tokenizer):
+    """Conversations and texts -> texts; ValueError for a conversation, naming its row."""
+    texts = []
+    for r, item in enumerate(inputs):
+        try:
+            texts.append(render(item, tokenizer))
+        except ValueError as error:
+            raise ValueError(f"input {r}: {error}") from None
+    return texts
 
 
 def check_texts(texts):

@@ -12,15 +12,21 @@ import os
 import threading
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import accumulate
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from . import longwork, models
 from .constitution import stable_int
 from .dialogue import render, uses_transcript
-from .endpoint import KEY, Endpoint
-from .sampling import Completion, check_choices, check_inputs, check_settings, check_texts
+from .endpoint import Endpoint, check_url
+from .sampling import (
+    Completion,
+    check_choices,
+    check_inputs,
+    check_settings,
+    check_texts,
+    render_all,
+)
 
 _TAIL = 24  # characters of a text by which its end is found among a server's tokens
 
@@ -50,13 +56,13 @@ class Server:
         local folder). ValueError for another form, and for a URL that holds a key."""
         url, _, rest = str(spec).removeprefix("server:").partition("#")
         model, _, named = rest.partition(";tokenizer=")
-        parts = urlsplit(url)
-        if parts.username or parts.password or parts.query:
-            raise ValueError(
-                f"server:{parts.scheme}://{parts.hostname}...: no keys in a spec, which goes into "
-                f"notebooks and records; put the key into the environment variable {KEY}"
-            )
-        if parts.scheme not in ("http", "https") or not parts.hostname or not model:
+        try:
+            check_url(url)
+        except ValueError as error:
+            if "keys" in str(error):
+                raise
+            model = ""
+        if not model:
             raise ValueError(
                 f"{spec}: a server is given as server:http://host:port/v1#model, where model is "
                 "the name under which it serves"
@@ -119,7 +125,7 @@ class Server:
         text with the choice.
         """
         check_inputs(texts)
-        texts = [render(item, self.tokenizer) for item in texts]
+        texts = render_all(texts, self.tokenizer)
         check_texts(texts)
         choices = check_choices(texts, choices)
         for i, own in enumerate(choices):
@@ -148,7 +154,9 @@ class Server:
             return (row - np.logaddexp.reduce(row)).tolist()
 
         if left and self._scoring is None:
-            self._scoring = self._way_to_score(texts[left[0]] + choices[left[0]][0])
+            # Characters that are several tokens cannot be found again in a server's answer.
+            probe = texts[left[0]][-200:] + choices[left[0]][0]
+            self._scoring = self._way_to_score(probe if probe.isascii() else "1 or 2? (2)")
         names = {i: f"text {i}" for i in left}
         self._work(left, score, keep, names, "question", len(texts), progress)
         return out
@@ -215,21 +223,25 @@ class Server:
             body["logprobs"] = 1 if as_text else True
         if strings and self._takes_stop is False:
             del body["stop"]
-        unsure = "stop" in body and self._takes_stop is None
-        try:
-            answer = self.endpoint.post(path, body, halt, tries=2 if unsure else None)
-        except (ValueError, ConnectionError) as error:
-            # Texts are cut here anyway, so stop strings that a server cannot bear are left out:
-            # some take four of them, and `transformers serve` none with some tokenizers.
-            if unsure and ("stop" in str(error) or "HTTP 5" in str(error)):
-                del body["stop"]
-            elif "logprobs" in body and "logprobs" in str(error):
-                self._tells_logprobs = False
-                del body["logprobs"]
-            elif not (unsure and isinstance(error, ConnectionError)):
-                raise
-            answer = self.endpoint.post(path, body, halt)
-        if strings:
+        answer = None
+        while answer is None:
+            unsure = "stop" in body and self._takes_stop is None
+            try:
+                answer = self.endpoint.post(path, body, halt, tries=2 if unsure else None)
+            except (ValueError, ConnectionError) as error:
+                # Texts are cut here anyway, so stop strings that a server cannot bear are left
+                # out: some take four of them, `transformers serve` none with some tokenizers.
+                if unsure and ("stop" in str(error) or "HTTP 5" in str(error)):
+                    del body["stop"]
+                elif "logprobs" in body and "logprobs" in str(error):
+                    self._tells_logprobs = False
+                    del body["logprobs"]
+                elif unsure and isinstance(error, ConnectionError):
+                    answer = self.endpoint.post(path, body, halt)
+                else:
+                    raise
+        # What one request found out holds for all; but not against one that was taken with them.
+        if strings and self._takes_stop is None:
             self._takes_stop = "stop" in body
         choice = answer["choices"][0]
         text = choice["text"] if as_text else choice["message"].get("content") or ""

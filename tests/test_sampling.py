@@ -9,6 +9,9 @@ import torch
 from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForSequenceClassification,
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
@@ -353,6 +356,8 @@ def test_a_model_in_training_is_sampled_in_eval_mode_and_left_as_it_was():
         (["a" * CONTEXT], {}, "input 0: 64 tokens fill the model's context of 64"),
         (["a"], {"stop": "Human:"}, "stop string 'Human:'"),
         (["a"], {"stop": ["b", ""]}, "stop string ''"),
+        (["a"], {"stop": "</s>\n"}, "'</s>' in it is a special token"),
+        (["a", []], {}, "input 1: "),
         (["a"], {"temperature": -1}, "temperature"),
         (["a"], {"top_p": 0}, "top_p"),
         (["a"], {"n": 0}, "n=0"),
@@ -378,3 +383,14 @@ def test_logits_that_are_not_finite_are_an_error(llama):
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         Sampler(model, TOKENIZER).generate(["a"], max_new_tokens=2)
+    with pytest.raises(ValueError, match="not finite"):
+        Sampler(model, TOKENIZER).choice_logprobs(["a"], ["b", "c"])
+
+
+def test_a_live_model_that_is_not_causal_is_refused(llama):
+    config = BertConfig(vocab_size=len(TOKENIZER), hidden_size=16, num_hidden_layers=1,
+                        num_attention_heads=2, intermediate_size=16)
+    with pytest.raises(ValueError, match="BertForMaskedLM: a bert is not a causal"):
+        Sampler(BertForMaskedLM(config), TOKENIZER)
+    with pytest.raises(ValueError, match="llama cannot be sampled"):
+        Sampler(LlamaForSequenceClassification(CONFIGS["llama"]), TOKENIZER)

@@ -237,6 +237,20 @@ def test_the_key_is_sent_and_nowhere_else(monkeypatch, caplog, capsys, tmp_path)
         with pytest.raises(ValueError, match="CAI_API_KEY") as error:
             Sampler.from_spec(spec)
         assert KEY not in str(error.value)
+    for bad in (lambda: Server(f"http://me:{KEY}@host/v1", "m"),
+                lambda: Server(f"https://host/v1?key={KEY}", "m")):
+        with pytest.raises(ValueError, match="CAI_API_KEY") as error:
+            bad()
+        assert KEY not in str(error.value)
+    monkeypatch.setenv("CAI_API_KEY", KEY + "\r\n")  # as a file of variables leaves it
+    with Fake(tells=None) as fake:
+        fast(fake.url).generate(["a"])
+        assert fake.keys == [f"Bearer {KEY}"]
+        for odd in (KEY + "\u2019", "a\nb" + KEY):
+            monkeypatch.setenv("CAI_API_KEY", odd)
+            with pytest.raises(ValueError, match="CAI_API_KEY holds characters") as error:
+                fast(fake.url).generate(["a"])
+            assert KEY not in str(error.value)
     monkeypatch.delenv("CAI_API_KEY")
     with Fake(tells=None) as fake:
         fast(fake.url).generate(["a"])
@@ -252,6 +266,7 @@ def test_choices_are_scored_by_the_servers_own_logprobs(tells):
         got = server.choice_logprobs(texts, choices)
         want = Sampler(fake.model, TOKENIZER).choice_logprobs(texts, choices)
         np.testing.assert_allclose(got, want, atol=1e-4)
+        assert np.isfinite(fast(fake.url).choice_logprobs(["a b"], ["x", "y"])).all()
         got = server.choice_logprobs(["abc", "z z"], [["x", "y"], ["x", "y", "."]])
         assert got[0, 2] == -np.inf and np.isfinite(got[1]).all()
         with pytest.raises(ValueError, match="text 0: .*' x'.*' xy'.*overlap"):
@@ -261,9 +276,9 @@ def test_choices_are_scored_by_the_servers_own_logprobs(tells):
             server.choice_logprobs(["x", "xa"], ["b", "cd"])
 
 
-@pytest.mark.parametrize("tells", [None, "nothing", "refuses"])
+@pytest.mark.parametrize("tells", ["nothing", "refuses"])
 def test_a_server_without_prompt_logprobs_is_an_error(tells):
-    with Fake(tells=tells or "nothing") as fake:
+    with Fake(tells=tells) as fake:
         with pytest.raises(ValueError, match="tells no log-probabilities .*vLLM or SGLang"):
             fast(fake.url).choice_logprobs(["q"], ["a", "b"])
 
@@ -277,6 +292,14 @@ def test_stop_strings_that_a_server_cannot_bear_are_cut_here(fault):
         got = server.generate(INPUTS, stop="END")
         assert got == want
         assert sum("stop" in body for body in fake.asked) <= 4
+
+
+def test_a_server_that_bears_neither_stop_strings_nor_logprobs():
+    with Fake(lambda _, body: "400" if {"stop", "logprobs"} & set(body) else None,
+              tells=None) as fake:  # fmt: skip
+        got = fast(fake.url, concurrency=2).generate(INPUTS, stop="END")
+        assert [c.logprobs for row in got for c in row] == [[]] * len(INPUTS)
+        assert all("END" not in row[0].text for row in got)
 
 
 def test_conversations():
@@ -314,7 +337,7 @@ def test_a_dead_server_is_named_at_once():
 
 @pytest.mark.parametrize("spec", [
     "server:localhost:8000#m", "server:http://localhost:8000/v1", "server:ftp://host/v1#m",
-    "server:http:///v1#m",
+    "server:http:///v1#m", "server:http://host:abc/v1#m",
 ])  # fmt: skip
 def test_a_spec_that_names_no_server(spec):
     with pytest.raises(ValueError, match="server:http://host:port/v1#model"):

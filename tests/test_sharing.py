@@ -98,8 +98,70 @@ def test_what_is_shared():
     assert shared_beginnings(prompts(a[:20])) == []
     assert shared_beginnings(prompts(a[:4], n=100, own=100)) == []
     # A beginning that is a prompt itself, and prompts that each begin the next.
-    assert shared_beginnings([a, *prompts(a)])[0][0] == 100
+    assert shared_beginnings([a, *prompts(a)])[0][0] == 99
+    assert sorted(k for k, _ in shared_beginnings([a, *prompts(a, b)])) == [99, 100]
     assert shared_beginnings([tuple(range(k)) for k in range(1, 3000)]) == []
+
+
+def test_a_prompt_that_is_the_beginning_itself_can_stand_alone_in_a_batch(eager_sharing):
+    model = make_model("llama")
+    prompts = [FIRST, *(FIRST + x * 20 for x in "abc")]
+    out = Sampler(model, TOKENIZER, batch_tokens=60).generate(
+        prompts, temperature=0, max_new_tokens=5)
+    assert [row[0].token_ids for row in out] == [reference(model, p, 5) for p in prompts]
+    small = Sampler(model, TOKENIZER, batch_tokens=60).choice_logprobs(prompts, ["x", "y"])
+    whole = Sampler(model, TOKENIZER).choice_logprobs(prompts, ["x", "y"])
+    np.testing.assert_allclose(small, whole, atol=1e-5)
+
+
+def test_many_beginnings_are_each_computed_once(eager_sharing):
+    model = make_model("llama")
+    seen = count_tokens(model)
+    prompts = [FIRST + a * 6 + b * (1 + i) for a in "abcdefgh" for i, b in enumerate("stuvwxyz")]
+    tokens = []
+    for batch_tokens in (10**6, 400):
+        seen.clear()
+        sampler = Sampler(model, TOKENIZER, batch_tokens=batch_tokens)
+        sampler.generate(prompts, temperature=0, max_new_tokens=1)
+        tokens.append(sum(seen))
+    assert tokens[1] < 1.3 * tokens[0]
+
+
+def record_shapes(model):
+    """(rows, tokens) of each pass."""
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    return seen
+
+
+def test_samples_of_a_prompt_share_its_computation():
+    model = make_model("llama")
+    seen, prefills = record_shapes(model), []
+    for n in (1, 4):
+        seen.clear()
+        Sampler(model, TOKENIZER).generate(PROMPTS, n=n, max_new_tokens=2)
+        prefills.append(sum(rows * tokens for rows, tokens in seen if tokens > 1))
+    assert prefills[0] == prefills[1]
+
+
+def test_batches_keep_to_the_budget_and_finished_rows_leave_them():
+    model = make_model("llama", sharp=0.1)  # near uniform: some rows end by themselves
+    seen, prompts = record_shapes(model), ["ab " * k for k in range(1, 19)]
+    whole = Sampler(model, TOKENIZER).generate(prompts, max_new_tokens=25, seed=5)
+    steps = [rows for rows, tokens in seen if tokens == 1]
+    still = sum(len(row[0].token_ids) == 25 for row in whole)
+    assert still < 15 and steps == sorted(steps, reverse=True)
+    assert steps[0] == len(prompts) and still <= steps[-1] <= still / 0.8
+    seen.clear()
+    longest = max(len(TOKENIZER(p)["input_ids"]) for p in prompts) + 25
+    small = Sampler(model, TOKENIZER, batch_tokens=3 * longest)
+    again = small.generate(prompts, max_new_tokens=25, seed=5)
+    assert [row[0].token_ids for row in again] == [row[0].token_ids for row in whole]
+    starts = [shape for shape in seen if shape[1] > 1]
+    assert len(starts) > 3 and starts[0][0] == 3  # the longest first, and no more than fit
+    assert all(rows * (tokens + 25) <= 3 * longest for rows, tokens in starts)
+    assert [tokens for _, tokens in starts] == sorted((t for _, t in starts), reverse=True)
 
 
 def out_of_memory_above(model, rows, error):
@@ -113,6 +175,7 @@ def out_of_memory_above(model, rows, error):
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError, MemoryError,
     lambda text: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    lambda text: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
 ])  # fmt: skip
 def test_a_batch_that_does_not_fit_is_halved(error):
     model = make_model("llama")
