@@ -29,7 +29,7 @@ from cai_utils.provenance import atomic
 SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2, 8.7 million parameters less embeddings
     "xs": (64, 2, 3e-3),
     "s": (128, 3, 2e-3),
-    "m": (192, 5, 1.5e-3),
+    "m": (192, 5, 3e-3),
     "l": (320, 7, 1e-3),
 }
 TOKENS = dict.fromkeys(SIZES, 15_000_000)  # the same text for all
