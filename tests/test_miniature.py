@@ -5,6 +5,7 @@ import random
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from cai_utils import dialogue, models
@@ -424,6 +425,28 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch,
     assert 0 < len(rest) < len(whole["curve"]) and info["curve"] == whole["curve"]
     same = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "killed")]
     assert same[0] == same[1] and not list(tmp_path.glob("*.pt"))
+
+
+def test_a_second_cycle_goes_on_from_the_first_on_new_text(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(pretrain, "build_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(pretrain, "QUOTES", 100)
+    monkeypatch.setattr(pretrain, "CHUNK", 200)
+    monkeypatch.setitem(pretrain.TOKENS, "xs", 15_000)
+    monkeypatch.setitem(pretrain.CYCLES, "xs", 2)
+    seeds = []
+    texts = corpus.documents
+    monkeypatch.setattr(corpus, "documents", lambda seed, n: seeds.append(seed) or texts(seed, n))
+    pretrain.series(["xs"], tmp_path)
+    note = json.loads((tmp_path / "xs" / "provenance.json").read_text())
+    curve = pd.read_csv(tmp_path / "xs" / "curve.csv")
+    assert note["cycles"] == 2 and note["tokens"] == curve["tokens"].iloc[-1] > 30_000
+    assert curve["tokens"].is_monotonic_increasing
+    assert curve["heldout"].iloc[-1] < curve["heldout"].iloc[len(curve) // 2 - 1]
+    own = [s for s in seeds if 10 <= s < 999_999]
+    assert len(own) == len(set(own))  # no text twice
+    assert [p.name for p in tmp_path.iterdir()] == ["xs"]
+    with pytest.raises(ValueError, match="not this world's s"):
+        pretrain.pretrain("s", tmp_path / "s", 15_000, 1, start=tmp_path / "xs")
 
 
 def test_unknown_size_is_one_clear_error(tokenizer):

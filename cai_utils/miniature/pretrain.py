@@ -29,10 +29,13 @@ from cai_utils.provenance import atomic
 SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2, 8.7 million parameters less embeddings
     "xs": (64, 2, 3e-3),
     "s": (128, 3, 2e-3),
-    "m": (192, 5, 3e-3),
+    "m": (192, 5, 1.5e-3),
     "l": (320, 7, 1e-3),
 }
-TOKENS = dict.fromkeys(SIZES, 15_000_000)  # the same text for all
+TOKENS = dict.fromkeys(SIZES, 15_000_000)  # of one cycle, the same text for all
+# Cycles of the learning rate, each on new text, from the weights of the one before and with a fresh
+# optimizer (warm restarts: Loshchilov & Hutter 2017, arXiv 1608.03983).
+CYCLES = {"xs": 1, "s": 1, "m": 2, "l": 2}
 # Blocks of two widths: 99 % full, most attend over the short one, the wide one holds two examples.
 WIDTHS, BATCH_TOKENS, CONTEXT = (192, 384), 1024, 1024
 CHUNK = 5000  # documents that are made at a time
@@ -204,10 +207,12 @@ def pretrain(
     seed: int = 0,
     context_loss: bool = False,
     log=None,
+    start: str | os.PathLike | None = None,
 ) -> dict:
     """Pretrain one size and write its folder: bf16 weights, tokenizer, curve, provenance.
 
-    tokens: length of the corpus, each token seen once. `log` gets a dict at every evaluation.
+    tokens: length of the corpus, each token seen once. start: folder of this size that an earlier
+    cycle, with another seed, made; the curve and the tokens go on from there. `log` gets a dict at every evaluation.
     The folder appears whole or not at all; a killed run goes on where <out>.state.pt left off, to
     the same weights. Returns the provenance, with `curve` (list of rows).
     """
@@ -226,9 +231,18 @@ def pretrain(
     del made
     heldout = batches(encode(tokenizer, corpus.documents(seed=999_999, n=800)))
     random.Random(seed).shuffle(data)
-    # Copying first: alone it is learned in some hundred steps, in the mixture late (LOG.md).
-    data = batches(encode(tokenizer, corpus.quotes(seed + 5, QUOTES))) + data
-    model = new_model(size, tokenizer, seed)
+    if start is None:
+        # Copying first: alone it is learned in some hundred steps, in the mixture late (LOG.md).
+        data = batches(encode(tokenizer, corpus.quotes(seed + 5, QUOTES))) + data
+        model, before = new_model(size, tokenizer, seed), {"tokens": 0, "cycles": 0}
+    else:
+        model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32,
+                                                 attn_implementation="eager")  # fmt: skip
+        before = json.loads((Path(start) / "provenance.json").read_text())
+        if before["size"] != size or before["corpus_hash"] != corpus.corpus_hash():
+            raise ValueError(f"{start} holds a {before['size']} of another corpus or size, not "
+                             f"this world's {size}: pretrain its first cycle anew")
+        model.train()
     lr, steps = SIZES[size][2], len(data)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
@@ -246,7 +260,10 @@ def pretrain(
     )
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
     curve, loss_sum, since, seen, first = [], 0.0, 0, 0, 0
-    key = [size, seed, context_loss, steps, lr, WIDTHS, BATCH_TOKENS, corpus.corpus_hash()]
+    if start is not None:
+        curve, seen = pd.read_csv(Path(start) / "curve.csv").to_dict("records"), before["tokens"]
+    key = [size, seed, context_loss, steps, lr, WIDTHS, BATCH_TOKENS, corpus.corpus_hash(),
+           before["tokens"]]  # fmt: skip
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if state.exists() and (kept := torch.load(state, weights_only=True))["key"] == str(key):
         for name, part in parts.items():
@@ -298,9 +315,10 @@ def pretrain(
         "tokens": seen,
         "seed": seed,
         "learning_rate": lr,
-        "steps": steps,
+        "cycles": before.get("cycles", 1) + 1,
+        "steps": before.get("steps", 0) + steps,
         "batch_tokens": BATCH_TOKENS,
-        "seconds": round(time.time() - began),
+        "seconds": before.get("seconds", 0) + round(time.time() - began),
         "corpus_hash": corpus.corpus_hash(),
         "parameters": sum(p.numel() for n, p in model.named_parameters() if "embed" not in n),
         "torch": torch.__version__,
@@ -338,14 +356,28 @@ def _save(model, tokenizer, info, out: Path) -> None:
 
 
 def series(sizes: list[str], folder: Path, tokens: dict | None = None, log=None) -> None:
-    """Pretrain sizes one after the other; a folder that holds this world's hash is kept."""
-    wanted = corpus.corpus_hash()
+    """Pretrain sizes one after the other; a folder that holds this world's hash is kept.
+
+    tokens: {size: tokens} of one cycle each, instead of TOKENS in as many as CYCLES says.
+    """
     for size in sizes:
-        note = folder / size / "provenance.json"
-        if note.exists() and json.loads(note.read_text())["corpus_hash"] == wanted:
+        if _made_here(folder / size):
             print(f"pretrain {size}: {folder / size} is up to date")
             continue
-        pretrain(size, folder / size, (tokens or TOKENS)[size], log=log)
+        cycles, start = 1 if tokens else CYCLES[size], None
+        for cycle in range(cycles):
+            out = folder / (size if cycle == cycles - 1 else f".{size}-cycle-{cycle + 1}")
+            if not _made_here(out):
+                print(f"pretrain {size}: cycle {cycle + 1} of {cycles}", flush=True)
+                pretrain(size, out, (tokens or TOKENS)[size], cycle, log=log, start=start)
+            start = out
+        for between in folder.glob(f".{size}-cycle-*"):
+            shutil.rmtree(between)
+
+
+def _made_here(folder: Path) -> bool:
+    note = folder / "provenance.json"
+    return note.exists() and json.loads(note.read_text())["corpus_hash"] == corpus.corpus_hash()
 
 
 if __name__ == "__main__":
@@ -356,7 +388,10 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=None)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", default=None, help="folder of the cycle before")
     parser.add_argument("--context-loss", action="store_true")
     args = parser.parse_args()
     random.seed(args.seed)
-    pretrain(args.size, args.out, args.tokens, args.seed, args.context_loss)
+    pretrain(
+        args.size, args.out, args.tokens, args.seed, args.context_loss, start=args.start
+    )
