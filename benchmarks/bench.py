@@ -18,12 +18,12 @@ COLUMNS = {
     "growth": ["name", "batch", "prompt_tokens", "new_tokens", "ours", "peer", "unit", "ratio",
                "machine", "commit"],
     "memory": ["name", "ours", "peer", "unit", "machine", "commit"],
-    "losses": ["name", "ours", "peer", "unit", "machine", "commit"],
+    "losses": ["name", "step", "turns", "ours", "peer", "unit", "machine", "commit"],
     "limits": ["name", "gflops", "gflops_peak", "gflops_share", "gbs", "gbs_peak", "gbs_share",
                "machine", "commit"],
 }  # fmt: skip
 KEY = {"results": ("name", "machine"), "limits": ("name", "machine"),
-       "memory": ("name", "machine"), "losses": ("name", "machine"),
+       "memory": ("name", "machine"), "losses": ("name", "step", "machine"),
        "growth": ("name", "batch", "prompt_tokens", "new_tokens", "machine")}  # fmt: skip
 
 

@@ -21,14 +21,16 @@ TRL = "trl==1.12.0"
 
 
 class Worker:
-    """One side's training loop in a process of its own, held between two iterations: `step` lets it
-    do one more and returns episodes/s. The other side's waits meanwhile, without using a core."""
+    """One side's training loop in a process of its own, held between two turns: `step` lets it do
+    one more and returns its rate. The other side's waits meanwhile, without using a core."""
 
     def __init__(self, side, settings, path):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+        script = Path(__file__).with_name("training_worker.py")
+        self.turns = []  # what the worker said of each
         self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("ppo_worker.py"), side, json.dumps(settings)],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, script, side, json.dumps(settings)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._read()
 
@@ -41,8 +43,8 @@ class Worker:
     def step(self, seed):
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
-        self.last = self._read()
-        return self.last["episodes"] / self.last["seconds"]
+        self.turns.append(self._read())
+        return self.turns[-1]["rate"]
 
     def close(self):
         self.process.stdin.close()  # what it reads next is the end
@@ -62,20 +64,21 @@ def trl_folder():
     return folder
 
 
-def pair(settings, rounds):
-    """Both sides in turn -> (what `measure` finds, {"ours", "peer"} peak memory in MB, losses)."""
-    root = Path(repo_root())
+def pair(kind, settings, rounds, peer_path=()):
+    """Both sides in turn -> (what `measure` finds, {"ours", "peer"} peak memory in MB, and what
+    each side said of its turns, the first not measured)."""
     workers = {}
     try:
         # Loaded one after the other, so that neither is slowed by the other's start.
-        workers["ours"] = Worker("ours", settings, [root])
-        workers["peer"] = Worker("peer", settings, [trl_folder()])
+        workers["ours"] = Worker(f"{kind}_ours", settings, [repo_root()])
+        workers["peer"] = Worker(f"{kind}_peer", settings, peer_path)
         found = measure.rates_side_by_side(workers["ours"].step, workers["peer"].step, rounds)
-        memory = {name: worker.last["peak_mb"] for name, worker in workers.items()}
+        turns = {name: worker.turns for name, worker in workers.items()}
+        memory = {name: said[-1]["peak_mb"] for name, said in turns.items()}
     finally:
         for worker in workers.values():
             worker.close()
-    return found, memory
+    return found, memory, turns
 
 
 def ppo(spec, **sizes):
@@ -89,7 +92,7 @@ def ppo(spec, **sizes):
             if quick:
                 settings |= {"episodes": 4, "minibatch": 2, "new_tokens": 6}
             settings["iterations"] = rounds + 3  # the first, a warm one, and a last, not reached
-            found, memory = pair(settings, rounds)
+            found, memory, _ = pair("ppo", settings, rounds, [trl_folder()])
             where = dict(machine=settings.pop("machine"), commit=measure.commit())
             out = {"results": [{"name": f"ppo_{size}", "unit": "episodes/s", **found, **where}],
                    "memory": [{"name": f"ppo_{size}", "unit": "MB", **memory, **where}],
@@ -97,7 +100,8 @@ def ppo(spec, **sizes):
             points = [(32, 48), (64, 48), (256, 48), (128, 16), (128, 96)] if size == "xs" else []
             for episodes, new in [(2, 4)] if quick and points else points:
                 more = {"episodes": episodes, "new_tokens": new, "iterations": 4 if quick else 6}
-                grown, _ = pair({**settings, **more}, more["iterations"] - 3)
+                grown, *_ = pair("ppo", {**settings, **more}, more["iterations"] - 3,
+                                 [trl_folder()])
                 del grown["ratio_low"], grown["ratio_high"]
                 out["growth"].append({
                     "name": f"ppo_{size}", "batch": episodes, "prompt_tokens": 16,
@@ -133,10 +137,9 @@ def prepare(spec, folder, quick):
 
 
 def pm_smollm2(rounds, quick):
-    """hh-rlhf comparisons/s of training alone (no loading); and the mean loss of both, over the
-    same rows in the same number of steps."""
-    count, batch, longest = (4, 2, 512) if quick else (64, 8, 512)
-    losses = {}
+    """hh-rlhf comparisons/s of training alone (no loading), and both sides' loss by step, the mean
+    over the turns: each has its own order of the rows."""
+    count, batch, longest = (4, 2, 512) if quick else (48, 8, 512)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         spec = "miniature/xs" if quick else sampling.SMOLLM2
@@ -144,26 +147,20 @@ def pm_smollm2(rounds, quick):
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
         rows = real_comparisons(count, tokenizer, longest)
+        (Path(folder) / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
         where = {"machine": measure.machine(model), "commit": measure.commit()}
         del model
-
-        def ours(seed):
-            made = preference.train(base, rows, Path(folder) / "pm", batch_size=batch, lr=1e-4,
-                                    max_length=longest, seed=seed, centre=False,
-                                    schedule="linear", warmup=0.0)
-            losses.setdefault("ours", []).append(made["train_loss"])
-            return made["pairs_per_second"]
-
-        def peer(seed):
-            rate, loss = reward_trainer(base, rows, Path(folder) / "trl", batch, longest, seed)
-            losses.setdefault("peer", []).append(loss)
-            return rate
-
-        found = measure.rates_side_by_side(ours, peer, rounds)
-    mean = {name: sum(x) / len(x) for name, x in losses.items()}
+        settings = {"folder": folder, "batch": batch, "longest": longest}
+        found, memory, turns = pair("pm", settings, rounds)
+    curves = {name: [sum(at) / len(at) for at in zip(*(turn["losses"] for turn in said),
+                                                     strict=True)]
+              for name, said in turns.items()}  # fmt: skip
     row = {"name": "pm_smollm2", **where}
+    steps = enumerate(zip(curves["ours"], curves["peer"], strict=True), 1)
     return {"results": [{**row, "unit": "comparisons/s", **found}],
-            "losses": [{**row, "unit": "nats", **mean}]}  # fmt: skip
+            "memory": [{**row, "unit": "MB", **memory}],
+            "losses": [{**row, "step": step, "turns": rounds + 1, "ours": ours, "peer": peer,
+                        "unit": "nats"} for step, (ours, peer) in steps]}  # fmt: skip
 
 
 def real_comparisons(count, tokenizer, longest):
@@ -177,31 +174,6 @@ def real_comparisons(count, tokenizer, longest):
         return all(len(tokenizer(talk)["input_ids"]) < longest for talk in talks)
 
     return [r for r in preference.check(rows, on_bad="skip") if fits(r)][:count]
-
-
-def reward_trainer(base, rows, folder, batch, longest, seed):
-    """trl's RewardTrainer with its defaults -> (comparisons/s, mean loss)."""
-    from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from trl import RewardConfig, RewardTrainer
-
-    torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=1, dtype=torch.float32)
-    torch.nn.init.normal_(model.score.weight, std=1 / (model.config.hidden_size + 1))  # as ours
-    settings = RewardConfig(
-        output_dir=str(folder), per_device_train_batch_size=batch, num_train_epochs=1,
-        learning_rate=1e-4, max_length=longest, seed=seed, report_to="none", save_strategy="no",
-        use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
-    )  # fmt: skip
-    kept = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in rows]
-    trainer = RewardTrainer(model=model, args=settings, processing_class=tokenizer,
-                            train_dataset=Dataset.from_list(kept))  # fmt: skip
-    trainer._send_telemetry = lambda: None
-    result = trainer.train()
-    pairs = len(trainer.train_dataset)
-    return pairs / result.metrics["train_runtime"], result.training_loss
 
 
 BENCHES = {

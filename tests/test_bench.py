@@ -56,10 +56,13 @@ def test_a_training_measurement_runs(tmp_path, name):
     assert done.returncode == 0, done.stderr
     (row,) = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
     assert row["name"] == name and float(row["ours"]) > 0 and float(row["peer"]) > 0
-    kind = "memory" if name == "ppo_xs" else "losses"
-    (row,) = csv.DictReader((tmp_path / f"{kind}.csv").read_text().splitlines())
+    (row,) = csv.DictReader((tmp_path / "memory.csv").read_text().splitlines())
     assert float(row["ours"]) > 0 and float(row["peer"]) > 0
-    if name == "ppo_xs":
+    if name == "pm_smollm2":
+        curve = list(csv.DictReader((tmp_path / "losses.csv").read_text().splitlines()))
+        assert [r["step"] for r in curve] == ["1", "2"]  # 4 rows in batches of 2
+        assert float(curve[0]["ours"]) > 0 and float(curve[0]["peer"]) > 0
+    else:
         grown = list(csv.DictReader((tmp_path / "growth.csv").read_text().splitlines()))
         assert [(r["batch"], r["new_tokens"]) for r in grown] == [("2", "4")]
 

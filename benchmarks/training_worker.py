@@ -1,0 +1,169 @@
+"""One side of a training benchmark, started by training.py: training_worker.py SIDE SETTINGS.
+
+Trains; after each iteration of PPO, or each training of a PM, it writes a line to stdout and waits
+for one on stdin, so that the two sides can take turns. What it does before its first line, loading
+included, is not measured.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def report(**said):
+    """Says how the last turn went and waits for the next."""
+    if torch.cuda.is_available():
+        said["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        said["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print("@" + json.dumps(said), flush=True)
+    if not sys.stdin.readline():
+        os._exit(0)  # measured enough: what the trainers do at their end is not of interest
+
+
+class Gate:
+    """Waits between iterations of PPO, and says how the last one went."""
+
+    def __init__(self, settings):
+        self.episodes, self.began = settings["episodes"], None
+
+    def __call__(self, *_):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        said = {}
+        if self.began is not None:
+            said = {"rate": self.episodes / (time.perf_counter() - self.began)}
+        report(**said)
+        self.began = time.perf_counter()
+
+
+def ppo_ours(s):
+    from cai_utils import ppo
+
+    prompts, gate = asked(s), Gate(s)
+    rows = [p["messages"] for p in prompts]
+    folder = Path(s["folder"])
+    ppo.train(
+        folder / "policy", folder / "pm", rows, folder / "ours", lr=1e-5, episodes=s["episodes"],
+        iterations=s["iterations"], minibatch=s["minibatch"], ppo_epochs=2,
+        max_new_tokens=s["new_tokens"], print_every=0, snapshot_every=0, checkpoint_every=0,
+        bf16=False, log=gate,
+    )  # fmt: skip
+
+
+def ppo_peer(s):
+    import trl
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    assert trl.__version__.startswith("1.12"), trl.__version__
+    prompts, gate = asked(s), Gate(s)
+    folder = Path(s["folder"])
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # trl takes padding for the end
+        other = next(i for i in (0, 1, 2) if i != tokenizer.eos_token_id)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(other)
+    # The attention that ours takes, too: the faster one at this size.
+    small = sum(f.stat().st_size for f in (folder / "policy").glob("*.safetensors")) < 120e6
+    how = {"attn_implementation": "eager" if small and not torch.cuda.is_available() else "sdpa",
+           "dtype": torch.float32}
+
+    def judge():
+        net = AutoModelForSequenceClassification.from_pretrained(folder / "pm", num_labels=1, **how)
+        net.config.pad_token_id = tokenizer.pad_token_id
+        return net
+
+    def policy():
+        return AutoModelForCausalLM.from_pretrained(folder / "policy", **how)
+
+    class Turns(TrainerCallback):
+        on_step_end = lambda self, *a, **k: gate()  # noqa: E731
+
+    rows = Dataset.from_dict({"input_ids": [p["ids"] for p in prompts]})
+    settings = PPOConfig(
+        # trl cuts this batch into the minibatches; with accumulation it would skip updates.
+        output_dir=str(folder / "trl"), per_device_train_batch_size=s["episodes"],
+        gradient_accumulation_steps=1,
+        num_mini_batches=s["episodes"] // s["minibatch"],
+        local_rollout_forward_batch_size=s["episodes"],
+        total_episodes=s["episodes"] * s["iterations"], num_ppo_epochs=2,
+        response_length=s["new_tokens"], stop_token="eos", temperature=1.0,
+        missing_eos_penalty=1.0, kl_coef=0.05, learning_rate=1e-5, num_sample_generations=0,
+        report_to="none", save_strategy="no", bf16=False, gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(), disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    PPOTrainer(
+        args=settings, processing_class=tokenizer, model=policy(), ref_model=policy(),
+        reward_model=judge(), value_model=judge(), train_dataset=rows,
+        eval_dataset=rows.select(range(2)), callbacks=[Turns()],
+    ).train()
+
+
+def asked(s):
+    return json.loads((Path(s["folder"]) / "prompts.json").read_text(encoding="utf-8"))
+
+
+def pm_ours(s):
+    from cai_utils import preference
+
+    folder, said = Path(s["folder"]), {}
+    rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    seed = 0
+    while True:
+        report(**said)
+        made = preference.train(
+            folder / "base", rows, folder / "ours", batch_size=s["batch"], lr=1e-4,
+            max_length=s["longest"], seed=seed, centre=False, schedule="linear", warmup=0.0)
+        said = {"rate": made["pairs_per_second"], "losses": [row["loss"] for row in made["log"]]}
+        seed += 1
+
+
+def pm_peer(s):
+    """trl's RewardTrainer with its defaults; what is not one stands for what both sides share."""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl import RewardConfig, RewardTrainer
+
+    folder, said = Path(s["folder"]), {}
+    rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    kept = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in rows]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    settings = RewardConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=s["batch"], num_train_epochs=1,
+        learning_rate=1e-4, max_length=s["longest"], report_to="none", save_strategy="no",
+        use_cpu=not torch.cuda.is_available(), disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    seed = 0
+    while True:
+        report(**said)
+        torch.manual_seed(seed)
+        settings.seed = seed
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder / "base", num_labels=1, dtype=torch.float32)
+        std = 1 / (model.config.hidden_size + 1)  # as ours
+        torch.nn.init.normal_(model.score.weight, std=std)
+        trainer = RewardTrainer(model=model, args=settings, processing_class=tokenizer,
+                                train_dataset=Dataset.from_list(kept))  # fmt: skip
+        trainer._send_telemetry = lambda: None
+        result = trainer.train()
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        rate = len(trainer.train_dataset) / result.metrics["train_runtime"]
+        said = {"rate": rate, "losses": losses}
+        seed += 1
+
+
+if __name__ == "__main__":
+    sides = {"ppo_ours": ppo_ours, "ppo_peer": ppo_peer, "pm_ours": pm_ours, "pm_peer": pm_peer}
+    sides[sys.argv[1]](json.loads(sys.argv[2]))
