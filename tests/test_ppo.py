@@ -464,6 +464,21 @@ def test_scores_penalties_and_normalisation_enter_the_reward(lab, tmp_path):
     assert normed["objective/rlhf_reward"] == pytest.approx(0, abs=1e-5)
 
 
+def test_metrics_have_trls_names(lab, tmp_path):
+    # What trl 1.12's PPOTrainer logs: W&B dashboards made for it carry over.
+    names = """eps episode lr loss/policy_avg loss/value_avg objective/entropy objective/kl
+        objective/non_score_reward objective/rlhf_reward objective/scores policy/approxkl_avg
+        policy/clipfrac_avg policy/entropy_avg val/clipfrac_avg val/num_eos_tokens val/ratio
+        val/ratio_var"""
+    logged = []
+    history = run(lab, tmp_path, log=logged.append)
+    assert len(logged) == 2
+    for row in logged:
+        assert not set(names.split()) - set(row)
+        assert all(math.isfinite(row[name]) for name in names.split())
+    assert list(history["episode"]) == [16, 32]
+
+
 def test_schedules_and_early_stop(lab, tmp_path):
     history = run(lab, tmp_path / "a", iterations=4, lr=2e-3, lr_decay=True, target_kl=1e-5,
                   kl_target=0.01, whiten_rewards=True)
