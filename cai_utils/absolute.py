@@ -104,9 +104,7 @@ def train(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, ma
     )
     trainer.lengths = [len(row) for row in ids]
     result = sft.run(trainer)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload"):
-        trainer.model = model = model.merge_and_unload()
+    model = sft.merge(trainer, spec_or_folder, "score", lora, runs_dir)
     with torch.no_grad():
         model.score.weight *= std
         if getattr(model.score, "bias", None) is not None:

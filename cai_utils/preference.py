@@ -174,9 +174,7 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
         "pairs_per_second": len(lengths) * epochs / result.metrics["train_runtime"],
         "log": trainer.state.log_history[:-1],
     }
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload"):
-        trainer.model = model = model.merge_and_unload()
+    model = sft.merge(trainer, spec_or_folder, "score", lora, runs_dir)
     scorer = Scorer(model, tokenizer, max_length=max_length)
     if centre:
         metrics |= _centre(scorer, data, seed)

@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -152,6 +153,7 @@ def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4,
 
     rows: as in ``tokenize``. ``lr`` suits models of 0.1 to 10M parameters (larger ones: 1e-5 to
     5e-5). ``lora``: keyword arguments of ``peft.LoraConfig``; the adapter is merged before saving.
+    With ``"quantize": "4bit"`` (or ``"8bit"``) among them it is QLoRA: as in ``models.load``.
     ``schedule``: "cosine", "linear" or "constant_with_warmup"; ``warmup``: share of the steps.
 
     Returns {"train_loss": nats per trained token, mean over the steps, "tokens": tokens read
@@ -175,6 +177,7 @@ def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4,
     )
     trainer.lengths = lengths
     result = run(trainer)
+    merge(trainer, spec_or_folder, "lm", lora, runs_dir)
     tokens = int(sum(lengths) * epochs)
     metrics = {
         "train_loss": result.training_loss,
@@ -260,7 +263,8 @@ def load_for_training(spec, head, runs_dir=None, lora=None):
     unless only a LoRA adapter learns."""
     with suppress_seqcls_warning():  # that a score head is new is what we want
         model, tokenizer = models.load(
-            spec, head=head, dtype="auto" if lora else "float32", runs_dir=runs_dir
+            spec, head=head, dtype="auto" if lora else "float32", runs_dir=runs_dir,
+            quantize=(lora or {}).get("quantize"),
         )
     return model.train(), tokenizer
 
@@ -292,12 +296,44 @@ def training_arguments(config, model, out_dir, *, rows, epochs, batch_size, lr, 
 
 
 def lora_config(lora, task_type, **defaults):
-    """A dict of LoraConfig's arguments -> LoraConfig; None stays None."""
+    """A dict of LoraConfig's arguments -> LoraConfig; None stays None. ``quantize`` is the base's
+    (``load_for_training``). ValueError for an argument that LoraConfig does not know."""
     if not lora:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(task_type=task_type, **{**defaults, **lora})
+    given = {name: value for name, value in lora.items() if name != "quantize"}
+    try:
+        return LoraConfig(task_type=task_type, **{**defaults, **given})
+    except TypeError as error:
+        raise ValueError(f"lora: {error}; its keys are those of peft.LoraConfig and 'quantize'"
+                         ) from error
+
+
+def merge(trainer, spec, head, lora, runs_dir=None):
+    """Make the trained model a plain one, which it returns: a LoRA adapter becomes part of it.
+
+    On a quantised base (QLoRA) the sum would be rounded to 4 bits again: there the adapter is laid
+    on the dense weights of ``spec``, loaded anew.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    if (lora or {}).get("quantize"):
+        model = dense(model, spec, head, runs_dir)
+    trainer.model = model.merge_and_unload()
+    return trainer.model
+
+
+def dense(model, spec, head, runs_dir=None):
+    """A PeftModel -> the same adapter on the weights of ``spec``, which are not quantised."""
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder, suppress_seqcls_warning():
+        model.save_pretrained(folder)
+        base, _ = models.load(spec, head=head, runs_dir=runs_dir)
+        base.config.pad_token_id = model.config.pad_token_id
+        return PeftModel.from_pretrained(base, folder)
 
 
 def run(trainer):
@@ -313,12 +349,8 @@ def run(trainer):
 def save(trainer, tokenizer, out_dir, record):
     """Write model, tokenizer and ``record`` (as training.json) to ``out_dir``.
 
-    File by file into place, config.json last, so that a folder that loads is a whole one. A LoRA
-    adapter is merged first, so that a folder holds a plain model.
+    File by file into place, config.json last, so that a folder that loads is a whole one.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload"):
-        trainer.model = model = model.merge_and_unload()
     folder = trainer.args.output_dir
     trainer.save_model(folder)  # every process takes part where the weights are sharded
     if not trainer.is_world_process_zero():
