@@ -43,8 +43,8 @@ def save_for_hub(source, out_dir, *, name=None, license=None, tables=(), limits=
     """A model folder, a rows file (.jsonl, .jsonl.gz, .csv, .parquet) or several -> ``out_dir``.
 
     A model: its files, a chat template where it has none (the paper's transcript), its
-    ``training.json`` without absolute paths, README.md (the model card). A score model is set so that
-    ``pipeline("text-classification")`` gives its raw score (see ``scored_text``). Rows:
+    ``training.json`` without absolute paths, README.md (the model card). A score model is set so
+    that ``pipeline("text-classification")`` gives its raw score (see ``scored_text``). Rows:
     ``data/<name>/<split>.jsonl`` and README.md (the data card), as ``datasets.load_dataset`` reads
     them.
 
@@ -121,6 +121,7 @@ def _model(folder, out, *, name, license, tables, limits):
     config = json.loads(config_file.read_text(encoding="utf-8"))
     training = cards.read_json(folder / "training.json")
     run_dir, record = _provenance_of(folder)
+    record = cards.without_paths(record, run_dir)
     scores = any("SequenceClassification" in a for a in config.get("architectures") or ())
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name not in ("training.json", "training_args.bin", "README.md"):
@@ -206,7 +207,9 @@ def _rows(files, out, *, name, license, tables, limits):
             raise ValueError(f"{file}: the file has no rows")
         stem = re.sub(r"\.(jsonl|gz|csv|parquet)", "", file.name)
         own = cards.read_json(file.with_name(f"{file.name}.key.json")).get("provenance") or {}
-        record, run_dir = record or own, run_dir or _run_of(file)
+        run_dir = run_dir or _run_of(file)
+        own = cards.without_paths(own, run_dir)
+        record = record or own
         splits = Counter(row.get("split") or "train" for row in rows)
         for split in splits:
             write_rows(out / "data" / stem / f"{split}.jsonl",
@@ -214,7 +217,6 @@ def _rows(files, out, *, name, license, tables, limits):
         configs.append({"config_name": stem, "data_files": [
             {"split": split, "path": f"data/{stem}/{split}.jsonl"} for split in splits]})
         sections.append(cards.describe(stem, rows, splits, own))
-    # one folder, one card: YAML tells the hub which files are which
     data = DatasetCardData(language="en", license=license, tags=["constitutional-ai"],
                            configs=configs)
     parts = [

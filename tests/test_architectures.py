@@ -14,7 +14,8 @@ BODY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermed
             max_position_embeddings=256)
 CONFIGS = {
     "Llama": transformers.LlamaConfig(**SIZE, **BODY, num_key_value_heads=1),
-    "Qwen2": transformers.Qwen2Config(**SIZE, **BODY, num_key_value_heads=2, tie_word_embeddings=True),
+    "Qwen2": transformers.Qwen2Config(**SIZE, **BODY, num_key_value_heads=2,
+                                      tie_word_embeddings=True),
     "GPTNeoX": transformers.GPTNeoXConfig(**SIZE, **BODY),
     "GPT2": transformers.GPT2Config(**SIZE, n_embd=16, n_layer=2, n_head=2, n_positions=256),
 }
