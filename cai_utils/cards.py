@@ -7,9 +7,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from cai_utils import models
 from cai_utils.data import read_rows
 from cai_utils.dialogue import render
+from cai_utils.provenance import file_digest
 
 KINDS = {  # fields that tell kinds of rows apart -> what they are
     ("chosen", "rejected"): "comparisons: which of two answers is preferred, with p_chosen",
@@ -50,10 +50,19 @@ chat([{"role": "user", "content": "..."}], max_new_tokens=128)
 Conversations are rendered by the tokenizer's chat template."""
 
 
-def use_scores(config, tokenizer):
+def use_scores(config, tokenizer, stage=None):
     text = render([{"role": "user", "content": "x"}], tokenizer)
     doubled = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     special = ", add_special_tokens=False" if doubled else ""
+    mean = f"{config.get('score_mean', 0.0):.6g}"
+    if stage == "absolute":
+        meaning = f"Less `score_mean` of config.json ({mean}) it is the answer's harmfulness."
+    else:
+        meaning = (
+            "It is raw: `sigmoid(score(a) - score(b))` is the probability that answer a is "
+            "preferred to answer b.\nThe zero is arbitrary: `score_mean` of config.json "
+            f"({mean}), subtracted, gives the scores of\n`cai_utils.preference.Scorer`."
+        )
     return f"""```python
 from transformers import pipeline
 
@@ -63,10 +72,8 @@ text = tokenizer.apply_chat_template(conversation, tokenize=False).rstrip().remo
 score(text{special})   # [{{"label": "score", "score": ...}}]
 ```
 
-The conversation ends with the answer that is scored; the score is read at the eos behind it. It is
-raw: `sigmoid(score(a) - score(b))` is the probability that answer a is preferred to answer b. The
-zero is arbitrary; `score_mean` in config.json ({config.get("score_mean", 0.0):.6g}), subtracted,
-gives the scores of `cai_utils.preference.Scorer`."""
+The conversation ends with the answer that is scored; the score is read at the eos behind it.
+{meaning}"""
 
 
 def origin(record):
@@ -109,6 +116,8 @@ def results(training, tables, run_dir):
             raise FileNotFoundError(f"{path}: no such table; give the path of a CSV")
         record = read_json(path.with_suffix(".provenance.json"))
         commit = (record.get("git") or {}).get("commit") or "unknown"
+        if record.get("sha256") != file_digest(path):  # the record of an earlier table
+            commit = "unknown"
         found.append(f"`{path.stem}` (commit {commit[:12]}):\n\n{markdown(read_rows(path))}")
     return "\n\n".join(found) or "None were recorded."
 
@@ -157,7 +166,8 @@ def write(out, data, parts):
 def hub_id(base):
     """A base that is an id on the hub (with or without a revision), else None."""
     found = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(@[\w./-]+)?", str(base or ""))
-    return found.group(1) if found and not str(base).startswith("miniature/") else None
+    local = not found or str(base).startswith("miniature/") or Path(base).is_dir()
+    return None if local else found.group(1)
 
 
 def without_paths(value, run_dir):
@@ -169,7 +179,7 @@ def without_paths(value, run_dir):
     if not isinstance(value, str) or not Path(value).is_absolute():
         return value
     path = Path(value)
-    if path.parent.parts[-2:] == models.SHIPPED.parts[-2:]:
+    if path.parent.parts[-2:] == ("miniature", "weights"):  # of models.SHIPPED
         return f"miniature/{path.name}"
     if run_dir is not None and path.is_relative_to(run_dir):
         return str(path.relative_to(run_dir))

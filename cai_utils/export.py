@@ -161,7 +161,7 @@ def _model(folder, out, *, name, license, tables, limits):
         "## Results",
         cards.results(training, tables, run_dir),
         "## Use",
-        cards.use_scores(config, tokenizer) if scores else cards.USE_TEXT,
+        cards.use_scores(config, tokenizer, training.get("stage")) if scores else cards.USE_TEXT,
         "## Limits",
         cards.limits_of(record, limits, scores=scores),
     ]
