@@ -114,12 +114,15 @@ class _Loader(yaml.SafeLoader):
     """YAML that refuses a field written twice, of which the first would be lost without a word."""
 
     def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, name in enumerate(names):
-            if name in names[:i]:
-                mark = node.value[i][0].start_mark
+        seen = []
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # `<<: *other`: its fields may be overridden
+                continue
+            name = self.construct_object(key, deep=True)
+            if name in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"the field {name!r} is there twice", problem_mark=mark)
+                    problem=f"the field {name!r} is there twice", problem_mark=key.start_mark)
+            seen.append(name)
         return super().construct_mapping(node, deep)
 
 
@@ -164,7 +167,7 @@ def _entries(entries, section, shown, path) -> list[dict]:
         where = f"{path}: {shown}[{i}]"
         if not isinstance(entry, dict):
             raise ValueError(f"{where} has to be a mapping with {', '.join(required)}")
-        if "id" in required and entry.get("id"):
+        if "id" in required and entry.get("id") is not None:
             where += f" (id {entry['id']!r})"
         for name in required:
             value = entry.get(name)
@@ -172,8 +175,10 @@ def _entries(entries, section, shown, path) -> list[dict]:
                 raise ValueError(f"{where}: missing field '{name}'")
         for name, value in entry.items():
             # YAML makes lists, dates and truth values of texts that are not quoted (`No`, `- x`).
-            if name != "prompt" and value is not None and not isinstance(value, str | int | float):
-                raise ValueError(f"{where}: '{name}' has to be a text, not {value!r}")
+            talk = name == "prompt" and isinstance(value, list)
+            if not (talk or value is None or isinstance(value, str | int | float)):
+                what = "a text or a list of messages" if name == "prompt" else "a text"
+                raise ValueError(f"{where}: '{name}' has to be {what}, not {value!r}")
             if isinstance(value, bool):
                 raise ValueError(f"{where}: YAML reads '{name}' as {value}; put it in quotes")
         unknown = sorted(set(entry) - set(required) - set(optional))

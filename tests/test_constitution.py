@@ -101,6 +101,13 @@ def test_other_faults_are_named(tmp_path, change, message):
     ("comparisons:\n  - {id: a, principle: x}\ncomparisons:\n  - {id: b, principle: y}",
      "the field 'comparisons' is there twice"),
     ("comparisons:\n  - id: a\n    principle:", "missing field 'principle'"),
+    ("comparisons:\n  - id: 0\n    principle:", "comparisons[0] (id 0): missing field"),
+    ("comparisons:\n  - {id: a, principle: x}\n"
+     "few_shot:\n  comparison:\n    - {prompt: {a: b}, a: x, b: y, answer: A}",
+     "'prompt' has to be a text or a list of messages, not {'a': 'b'}"),
+    ("comparisons:\n  - {id: a, principle: x}\n"
+     "few_shot:\n  comparison:\n    - {prompt: Yes, a: x, b: y, answer: A}",
+     "YAML reads 'prompt' as True"),
     ("- comparisons", "a constitution is a mapping"),
 ])
 def test_what_yaml_makes_of_one_s_own_text_is_named(tmp_path, text, message):
@@ -109,6 +116,19 @@ def test_what_yaml_makes_of_one_s_own_text_is_named(tmp_path, text, message):
     with pytest.raises(ValueError) as error:
         constitution.load(path)
     assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_an_anchor_may_be_merged_and_overridden(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text('''\
+name: mine
+critiques:
+  - &first {id: a, critique_request: Find what is rude., revision_request: Be polite.}
+  - {<<: *first, id: b, critique_request: Find what is loud.}
+''', encoding="utf-8")
+    one, two = constitution.load(path).critiques
+    assert two == {"id": "b", "critique_request": "Find what is loud.",
+                   "revision_request": one["revision_request"]}
 
 
 def test_an_id_may_be_a_number_and_a_theme_any(tmp_path):
