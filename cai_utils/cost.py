@@ -165,6 +165,7 @@ def _short(x) -> str:
 
 
 def main(arguments=None) -> None:
+    """The command line; ``--help`` tells its arguments."""
     parser = argparse.ArgumentParser(prog="python -m cai_utils.cost", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", default="params/paper/cost.yaml")

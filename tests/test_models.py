@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from cai_utils import models, ppo_nets, sft
+from cai_utils.sampling import Sampler
 
 
 def save(folder, dtype=torch.float32, **special):
@@ -137,6 +138,13 @@ def test_a_revision_stands_in_the_spec_or_beside_it(folder, monkeypatch):
         with pytest.raises(FileNotFoundError, match="offline"):
             call()
     assert asked == [("EleutherAI/pythia-1.4b", {"revision": "step143000"})] * 2
+
+
+def test_what_was_sampled_of_another_revision_is_not_taken_up(folder, monkeypatch):
+    loaded = models.load(folder)
+    monkeypatch.setattr(models, "load", lambda spec, **options: loaded)
+    made = [Sampler.from_spec("org/name", revision=r).source for r in ("v1", "v1", "v2", None)]
+    assert made[0] == made[1] and made[0] != made[2] and made[0] != made[3]
 
 
 @pytest.mark.parametrize("options, message", [

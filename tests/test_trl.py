@@ -9,14 +9,14 @@ from datasets import Dataset
 from transformers import LlamaForSequenceClassification
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from cai_utils import constitution, data, export, feedback, policies
+from cai_utils import constitution, data, dialogue, feedback, policies
 from cai_utils.sampling import Sampler
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     out = tiny.tokenizer()
-    out.chat_template = export.TRANSCRIPT_TEMPLATE
+    out.chat_template = dialogue.TEMPLATE
     return out
 
 
@@ -79,5 +79,5 @@ def test_sft_rows_of_sl_cai_in_sft(tmp_path, tokenizer):
     trainer = SFTTrainer(tiny.llama(sharp=1.0), args=settings(SFTConfig, tmp_path / "out"),
                          train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     seen = tokenizer.decode(trainer.train_dataset[0]["input_ids"])
-    assert "\n\nHuman: Lie?\n\nAssistant: Perhaps not." in seen
+    assert "\n\nHuman: Lie?\n\nAssistant: Perhaps not.</s>" in seen  # it learns to end
     train(trainer)
