@@ -18,6 +18,7 @@ PYTHIA = {
     "410m": (24, 1024, 50304), "1.4b": (24, 2048, 50304), "2.8b": (32, 2560, 50304),
     "6.9b": (32, 4096, 50432), "12b": (36, 5120, 50688),
 }
+PRETRAINING_LR = {"410m": 3e-4, "1.4b": 2e-4, "2.8b": 1.6e-4, "6.9b": 1.2e-4, "12b": 1.2e-4}
 SMALL = {
     "counts": {"redteam_human": 6, "redteam_generated": 4, "revisions": 2, "helpful": 5,
                "helpful_samples": 2, "helpful_comparisons": 3, "harmless_comparisons": 2,
@@ -126,7 +127,15 @@ def test_the_profile_holds_the_counts_of_the_paper():
     assert merged["08_ai_feedback"]["n_human"] == counts["helpful_comparisons"]
     sl = merged["07_sl_cai"]
     assert (sl["n_helpful"], sl["sft_batch_size"], sl["sft_epochs"]) == (135296, 1024, 1)
-    assert sl["sft_lr"] == pytest.approx(0.5 * 1.2e-4) and sl["temperature"] == 1.0
+    assert sl["samples_helpful"] == counts["helpful_samples"] == 2 and sl["temperature"] == 1.0
+    half = {size: pytest.approx(0.5 * rate) for size, rate in PRETRAINING_LR.items()}
+    assert sl["sft_lr"] == chains["sft_lr"] == half
+    for name, parts in (("03_critique_revision", "sft"), ("07_sl_cai", "sft"),
+                        ("02_preference_models", "pm"), ("08_ai_feedback", "pm")):
+        own = merged[name]
+        assert own["max_length"] == 1024 and set(own[f"{parts}_accumulation"]) == set(sizes)
+        for size in sizes:  # what training_arguments would refuse
+            assert own[f"{parts}_batch_size"] % own[f"{parts}_accumulation"][size] == 0
     rl = merged["09_rl"]
     prompts = redteam + counts["helpful"] + counts["rl_redteam"] + counts["rl_helpful"]
     assert rl["iterations"] == math.ceil(prompts / rl["episodes"])
