@@ -33,7 +33,8 @@ STAGES = {
 }
 
 
-def save_for_hub(source, out_dir, *, name=None, license=None, tables=(), limits=()) -> Path:
+def save_for_hub(source, out_dir, *, name=None, license=None, language=None,
+                 tables=(), limits=()) -> Path:
     """A model folder, a rows file (.jsonl, .jsonl.gz, .csv, .parquet) or several -> ``out_dir``.
 
     A model: its files, a chat template where it has none (the paper's transcript), its
@@ -43,8 +44,9 @@ def save_for_hub(source, out_dir, *, name=None, license=None, tables=(), limits=
     them.
 
     name: title of the card (default: names of the folder). license: an identifier of the hub, as
-    "apache-2.0". tables: results to show, names in the run's ``results/`` or paths of CSVs. limits:
-    sentences for the card's section of that name. Returns ``out_dir``.
+    "apache-2.0"; language: likewise, as "en". tables: results to show, names in the run's
+    ``results/`` or paths of CSVs. limits: sentences for the card's section of that name. Returns
+    ``out_dir``.
     FileNotFoundError: no such source or table; ValueError: a folder that is no model, files without
     rows or of one name, an ``out_dir`` that is not empty.
     """
@@ -55,7 +57,7 @@ def save_for_hub(source, out_dir, *, name=None, license=None, tables=(), limits=
     missing = [str(path) for path in sources if not path.exists()]
     if missing or not sources:
         raise FileNotFoundError(f"{', '.join(missing) or 'nothing'}: no such model folder or file")
-    known = dict(name=name, license=license, tables=tables, limits=limits)
+    known = dict(name=name, license=license, language=language, tables=tables, limits=limits)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".export-") as building:
         made = Path(building) / "out"
@@ -78,7 +80,7 @@ def push_to_hub(source, repo_id, *, private=True, token=None, **card) -> str:
     The repository is made where it is not there: a model's or a data set's, by what ``source`` is.
     Weights or rows of an earlier upload that are not in this one are removed, as they would be read
     along. token: None takes that of ``hf auth login``. Errors are those of ``save_for_hub`` and of
-    huggingface_hub (no network, no token, no right to write).
+    huggingface_hub (no token, no right to write); ConnectionError where there is no network.
     """
     from huggingface_hub import HfApi
 
@@ -86,11 +88,19 @@ def push_to_hub(source, repo_id, *, private=True, token=None, **card) -> str:
     kind = "model" if Path(first).is_dir() else "dataset"
     with tempfile.TemporaryDirectory() as folder:
         made = save_for_hub(source, Path(folder) / "out", **card)
-        api = HfApi(token=token)
-        url = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
-        stale = "*.safetensors*" if kind == "model" else "data/*"
-        api.upload_folder(folder_path=made, repo_id=repo_id, repo_type=kind, delete_patterns=stale,
-                          commit_message=f"Upload {kind} made with cai-lab")
+        try:
+            api = HfApi(token=token)
+            url = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
+            stale = "*.safetensors*" if kind == "model" else "data/*"
+            api.upload_folder(folder_path=made, repo_id=repo_id, repo_type=kind,
+                              delete_patterns=stale,
+                              commit_message=f"Upload {kind} made with cai-lab")
+        except Exception as error:
+            if not type(error).__module__.startswith("httpx"):
+                raise
+            raise ConnectionError(f"the hub could not be reached ({error}): nothing is known to "
+                                  "have gone out; write a folder instead, and push it later"
+                                  ) from error
     return str(url)
 
 
@@ -107,7 +117,7 @@ def scored_text(conversation, tokenizer) -> str:
 # ---------------------------------------------------------------- models
 
 
-def _model(folder, out, *, name, license, tables, limits):
+def _model(folder, out, *, name, license, language, tables, limits):
     from huggingface_hub import ModelCardData
     from transformers import AutoTokenizer
 
@@ -138,7 +148,8 @@ def _model(folder, out, *, name, license, tables, limits):
         write_json(out / "training.json", training)
     base = training.get("base")
     data = ModelCardData(
-        language="en", license=license, library_name="transformers", base_model=cards.hub_id(base),
+        language=language, license=license, base_model=cards.hub_id(base),
+        library_name="transformers",
         pipeline_tag="text-classification" if scores else "text-generation",
         tags=["constitutional-ai", "reward-model" if scores else "conversational"],
     )
@@ -197,7 +208,7 @@ def _provenance_of(folder):
 # ---------------------------------------------------------------- rows
 
 
-def _rows(files, out, *, name, license, tables, limits):
+def _rows(files, out, *, name, license, language, tables, limits):
     from huggingface_hub import DatasetCardData
 
     configs, sections, records, run_dir = [], [], [], None
@@ -221,7 +232,7 @@ def _rows(files, out, *, name, license, tables, limits):
         configs.append({"config_name": stem, "data_files": [
             {"split": split, "path": f"data/{stem}/{split}.jsonl"} for split in splits]})
         sections.append(cards.describe(stem, rows, splits, own))
-    data = DatasetCardData(language="en", license=license, tags=["constitutional-ai"],
+    data = DatasetCardData(language=language, license=license, tags=["constitutional-ai"],
                            configs=configs)
     parts = [
         f"# {name or ', '.join(c['config_name'] for c in configs)}",
@@ -250,6 +261,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--public", action="store_true", help="a new repository is public")
     parser.add_argument("--name", help="title of the card")
     parser.add_argument("--license", help="as the hub names it: apache-2.0")
+    parser.add_argument("--language", help="of the texts, as the hub names it: en")
     parser.add_argument("--table", action="append", default=[], help="a result to show; repeatable")
     parser.add_argument("--limit", action="append", default=[],
                         help="a sentence for the limits; repeatable")
@@ -257,8 +269,8 @@ def main(arguments=None) -> None:
     if not (options.out or options.push):
         parser.error("give --out FOLDER, or --push REPO_ID")
     source = options.source[0] if len(options.source) == 1 else options.source
-    card = dict(name=options.name, license=options.license, tables=options.table,
-                limits=options.limit)
+    card = dict(name=options.name, license=options.license, language=options.language,
+                tables=options.table, limits=options.limit)
     try:
         if options.out:
             print(save_for_hub(source, options.out, **card))

@@ -77,10 +77,11 @@ def test_a_text_classification_pipeline_scores_as_the_scorer_does(pm, tmp_path):
 
 def test_the_model_card_says_what_the_run_wrote_down_and_no_path(pm, tmp_path):
     out = export.save_for_hub(pm, tmp_path / "out", name="A PM", license="apache-2.0",
-                              tables=["pm_accuracy"], limits=["Only for tests."])
+                              language="en", tables=["pm_accuracy"], limits=["Only for tests."])
     card = (out / "README.md").read_text()
     front, text = card.split("---\n")[1:3]
-    assert "license: apache-2.0" in front and "pipeline_tag: text-classification" in front
+    assert "license: apache-2.0" in front and "language: en" in front
+    assert "pipeline_tag: text-classification" in front
     training = json.loads((pm / "training.json").read_text())
     for part in ("# A PM", "a preference model", "02_preference_models, profile miniature, seed 3",
                  "abc123 and uncommitted changes", "torch 9.9", "Only for tests.", "lr 0.01",
@@ -168,6 +169,24 @@ def test_rows_load_with_datasets_as_they_were(tmp_path):
                  "comparisons: which of two answers", "conversations to finetune on",
                  "provenance: unknown", "Red-team prompts"):
         assert part in text, part
+
+
+def test_no_network_is_one_clear_error(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    unreachable = type("ConnectError", (Exception,), {"__module__": "httpx._exceptions"})
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **options):
+            raise unreachable("refused")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    data.write_rows(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(SystemExit, match="error: the hub could not be reached .refused."):
+        export.main([str(tmp_path / "rows.jsonl"), "--push", "me/it"])
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])
