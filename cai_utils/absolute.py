@@ -49,7 +49,7 @@ def check(rows):
 
 def train(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, max_length=512,
           seed=0, eval_rows=None, report_to=(), runs_dir=None, lora=None, schedule="cosine",
-          warmup=0.05, weight_decay=0.0, gradient_checkpointing=False):
+          warmup=0.05, weight_decay=0.0, gradient_checkpointing=False, gradient_accumulation=1):
     """Train a score model with an L2 loss; saved as a PM's folder at `out_dir`, whose
     `preference.Scorer(out_dir).score(conversations)` is in the units of `score`.
 
@@ -87,7 +87,8 @@ def train(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, ma
     args = sft.training_arguments(
         RewardConfig, model, out_dir, rows=len(ids), epochs=epochs, batch_size=batch_size,
         lr=lr, seed=seed, report_to=report_to, schedule=schedule, warmup=warmup,
-        weight_decay=weight_decay, gradient_checkpointing=gradient_checkpointing, max_length=None,
+        weight_decay=weight_decay, gradient_checkpointing=gradient_checkpointing,
+        gradient_accumulation=gradient_accumulation, max_length=None,
     )
 
     def collate(examples):
@@ -104,9 +105,7 @@ def train(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, ma
     )
     trainer.lengths = [len(row) for row in ids]
     result = sft.run(trainer)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload"):
-        trainer.model = model = model.merge_and_unload()
+    model = sft.merge(trainer, spec_or_folder, "score", lora, runs_dir)
     with torch.no_grad():
         model.score.weight *= std
         if getattr(model.score, "bias", None) is not None:

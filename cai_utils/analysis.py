@@ -57,9 +57,8 @@ def parameters(spec, runs_dir=None) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    where = models.resolve(spec, runs_dir)
-    gguf = {"gguf_file": where.name} if str(where).endswith(".gguf") else {}
-    config = AutoConfig.from_pretrained(where.parent if gguf else where, **gguf)
+    where, options = models.source(spec, runs_dir)
+    config = AutoConfig.from_pretrained(where, **options)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]

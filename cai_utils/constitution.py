@@ -76,7 +76,7 @@ def load(name_or_path) -> Constitution:
     if path.name in _PUBLISHED:
         return _published(path.parent, [path.name])
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     return _check(data, path)
@@ -108,6 +108,22 @@ def draw(
             f"n_principles={n}: the constitution has {len(principles)} principles, give 1 to that"
         )
     return principles[stable_int("principle", seed, row, step, bits=62) % n]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a field written twice, of which the first would be lost without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = []
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # `<<: *other`: its fields may be overridden
+                continue
+            name = self.construct_object(key, deep=True)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the field {name!r} is there twice", problem_mark=key.start_mark)
+            seen.append(name)
+        return super().construct_mapping(node, deep)
 
 
 def _check(data, path) -> Constitution:
@@ -151,19 +167,28 @@ def _entries(entries, section, shown, path) -> list[dict]:
         where = f"{path}: {shown}[{i}]"
         if not isinstance(entry, dict):
             raise ValueError(f"{where} has to be a mapping with {', '.join(required)}")
-        if "id" in required and entry.get("id"):
+        if "id" in required and entry.get("id") is not None:
             where += f" (id {entry['id']!r})"
         for name in required:
             value = entry.get(name)
             if value is None or not str(value).strip():
                 raise ValueError(f"{where}: missing field '{name}'")
+        for name, value in entry.items():
+            # YAML makes lists, dates and truth values of texts that are not quoted (`No`, `- x`).
+            talk = name == "prompt" and isinstance(value, list)
+            if not (talk or value is None or isinstance(value, str | int | float)):
+                what = "a text or a list of messages" if name == "prompt" else "a text"
+                raise ValueError(f"{where}: '{name}' has to be {what}, not {value!r}")
+            if isinstance(value, bool):
+                raise ValueError(f"{where}: YAML reads '{name}' as {value}; put it in quotes")
         unknown = sorted(set(entry) - set(required) - set(optional))
         if unknown:
             raise ValueError(
                 f"{where}: unknown field {unknown[0]!r}; known: {', '.join(required + optional)}"
             )
         checked.append(
-            {k: v if isinstance(v, list) else str(v).strip() for k, v in entry.items() if v}
+            {k: v if isinstance(v, list) else str(v).strip() for k, v in entry.items()
+             if v is not None}
         )
     return checked
 

@@ -12,6 +12,14 @@ Contents are written verbatim. Outer whitespace is removed where text becomes a 
 import re
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+# The transcript as a chat template, for tokenizers that shall render it in other tools. It closes a
+# finished conversation with eos, as training here does (`sft.encode`); `uses_transcript` knows it.
+TEMPLATE = (
+    "{% for m in messages %}{{ '\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: ' }}"
+    "{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}"
+    "{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+)
 _ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 

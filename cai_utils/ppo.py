@@ -268,7 +268,10 @@ def train(
         if log is not None and main:
             log({**row, **table})
     snapshot(out_dir)
-    saved.finish(iterations)
+    told = {name: options[name] for name in ("episodes", "ppo_epochs", "minibatch", "lr", "kl_coef",
+                                             "score_norm", "lora", "seed")}
+    pm = str(pm_folder) if isinstance(pm_folder, str | Path) else type(pm_folder).__name__
+    saved.finish(iterations, base=str(policy_spec), pm=pm, **told)
     return pd.DataFrame(history)
 
 

@@ -55,7 +55,7 @@ class Checkpoints:
 
     def finished(self):
         """The number of iterations of a finished run of this very call, or 0."""
-        record = _read(self.out_dir / "training.json")
+        record = provenance.read_json(self.out_dir / "training.json")
         return record.get("iterations", 0) if self.key and record.get("key") == self.key else 0
 
     def find(self):
@@ -79,7 +79,8 @@ class Checkpoints:
 
     def _own(self):
         """[(folder, state)] of the folders that `save` wrote, in the order of their iterations."""
-        read = [(f, _read(f / "state.json")) for f in self.out_dir.glob("checkpoint-*")]
+        read = [(f, provenance.read_json(f / "state.json"))
+                for f in self.out_dir.glob("checkpoint-*")]
         return sorted((pair for pair in read if "iteration" in pair[1] and "key" in pair[1]),
                       key=lambda pair: pair[1]["iteration"])
 
@@ -111,21 +112,15 @@ class Checkpoints:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def finish(self, iterations):
-        """Notes that the run is whole; its checkpoints are no longer needed."""
+    def finish(self, iterations, **settings):
+        """Notes that the run is whole, with the settings that its card shall tell; its checkpoints
+        are no longer needed."""
         if self.accelerator.is_main_process:
-            record = {"stage": "ppo", "iterations": iterations, "key": self.key}
+            record = {**settings, "stage": "ppo", "iterations": iterations, "key": self.key}
             provenance.write_json(self.out_dir / "training.json", record)
             for old, _ in self._own():
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
-
-
-def _read(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def save_model(model, tokenizer, folder, samples):

@@ -132,8 +132,12 @@ def load(policy_spec, pm, *, device, micro_tokens, runs_dir, lora, seed):
     them, else None.
 
     Float32, for Adam's small steps vanish in bf16; with `lora` the base, which does not learn, has
-    the dtype that suits the hardware. ValueError: different tokenizers.
+    the dtype that suits the hardware. ValueError: different tokenizers; a quantised base, for the
+    policy that samples has the adapter in its weights.
     """
+    if (lora or {}).get("quantize"):
+        raise ValueError("lora: 'quantize' is for sft and preference models; PPO samples from the "
+                         "base with the adapter merged in: leave it out here")
     where = {"dtype": "auto" if lora else "float32", "runs_dir": runs_dir, "device": device}
     policy, tokenizer = models.load(policy_spec, **where)
     scorer = scorer_of(pm, tokenizer, policy_spec, device, micro_tokens, runs_dir)

@@ -123,12 +123,14 @@ def tokenize(rows, tokenizer, max_length=512):
 def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5e-4, max_length=512,
           seed=0, eval_rows=None, report_to=(), runs_dir=None, lora=None, on_bad="raise",
           centre=True, schedule="cosine", warmup=0.05, weight_decay=0.0,
-          gradient_checkpointing=False):
+          gradient_checkpointing=False, gradient_accumulation=1):
     """Train a PM from any causal LM, or go on from a PM; saved as a HF folder at ``out_dir``.
 
     comparisons: rows of DESIGN section 5; ``p_chosen`` is the soft target and ``weight`` (see
     ``mix``) how much a row counts, both 1 if absent. ``lr`` suits models of 0.1 to 10M parameters.
-    ``lora``: keyword arguments of peft.LoraConfig; the head is trained along, the adapter merged.
+    ``lora``: as in ``sft.finetune``; the head is trained along, the adapter merged.
+    ``gradient_accumulation``: parts in which a step reads its batch, for less memory. The gradient
+    is the mean over the parts: that of one part, but in an epoch's last step if it is not full.
     ``centre``: shift the scores so that their mean over the training answers (at most 2,000 of
     them) is 0: in the head's bias where it has one, else as ``score_mean`` in config.json, which
     ``Scorer`` subtracts. ``score_std`` stands beside it for those who want unit variance; it is not
@@ -156,7 +158,8 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
     args = sft.training_arguments(
         RewardConfig, model, out_dir, rows=len(lengths), epochs=epochs, batch_size=batch_size,
         lr=lr, seed=seed, report_to=report_to, schedule=schedule, warmup=warmup,
-        weight_decay=weight_decay, gradient_checkpointing=gradient_checkpointing, max_length=None,
+        weight_decay=weight_decay, gradient_checkpointing=gradient_checkpointing,
+        gradient_accumulation=gradient_accumulation, max_length=None,
     )
     trainer = PreferenceTrainer(
         model=model, args=args, train_dataset=Dataset.from_dict(data), processing_class=tokenizer,
@@ -174,9 +177,7 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
         "pairs_per_second": len(lengths) * epochs / result.metrics["train_runtime"],
         "log": trainer.state.log_history[:-1],
     }
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload"):
-        trainer.model = model = model.merge_and_unload()
+    model = sft.merge(trainer, spec_or_folder, "score", lora, runs_dir)
     scorer = Scorer(model, tokenizer, max_length=max_length)
     if centre:
         metrics |= _centre(scorer, data, seed)
@@ -185,7 +186,8 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
     metrics["seconds"] = time.time() - start
     settings = dict(base=str(spec_or_folder), stage="preference", epochs=epochs, lr=lr, lora=lora,
                     batch_size=batch_size, max_length=max_length, seed=seed, schedule=schedule,
-                    warmup=warmup, weight_decay=weight_decay)
+                    warmup=warmup, weight_decay=weight_decay,
+                    gradient_accumulation=gradient_accumulation)
     sft.save(trainer, tokenizer, out_dir, {**settings, **metrics})
     return metrics
 

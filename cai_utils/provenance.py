@@ -76,6 +76,15 @@ def write_json(path, value) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def read_json(path) -> dict:
+    """The JSON object in a file; {} where the file is missing, no JSON, or not an object."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 # ---------------------------------------------------------------- what it ran on
 
 

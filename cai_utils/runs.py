@@ -23,7 +23,7 @@ from pathlib import Path
 
 from cai_utils import provenance
 from cai_utils.params import check_profile, check_sizes, merge_params, parse_override
-from cai_utils.provenance import atomic, repo_root, write_json
+from cai_utils.provenance import atomic, read_json, repo_root, write_json
 
 # ---------------------------------------------------------------- a run
 
@@ -90,7 +90,7 @@ class Run:
         sidecar = path.with_name(f"{path.name}.key.json")
         canonical = provenance.canonical(key, f"rows({name!r}): key")
         new = {"key": canonical, "code": provenance.code_digest(make)}
-        old = _read_json(sidecar)
+        old = read_json(sidecar)
         if path.is_file() and {k: old.get(k) for k in new} == new:
             rows = read_rows(path)
             print(f"{path.name}: {len(rows)} rows, kept from an earlier run")
@@ -212,15 +212,6 @@ def _start_wandb(run: Run):
     except Exception as error:
         print(f"W&B is off: {type(error).__name__}: {error}")
         return None
-
-
-def _read_json(path) -> dict:
-    import json
-
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _changes(old: dict, new: dict) -> str:

@@ -75,7 +75,8 @@ class Sampler:
             return Server.from_spec(spec)
         sampler = cls(*models.load(spec, **load), batch_tokens=batch_tokens)
         where = models.resolve(spec, load.get("runs_dir"))
-        sampler.source = [models.fingerprint(where), str(sampler.model.dtype)]
+        sampler.source = [models.fingerprint(where), str(sampler.model.dtype),
+                          load.get("revision"), load.get("quantize")]
         return sampler
 
     def generate(

@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -147,12 +148,15 @@ def tokenize(rows, tokenizer, max_length=512):
 
 def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, max_length=512,
              seed=0, runs_dir=None, report_to=(), lora=None, schedule="cosine", warmup=0.05,
-             weight_decay=0.0, gradient_checkpointing=False):
+             weight_decay=0.0, gradient_checkpointing=False, gradient_accumulation=1):
     """Finetune a causal LM on ``rows``; model and tokenizer are saved as a HF folder at out_dir.
 
     rows: as in ``tokenize``. ``lr`` suits models of 0.1 to 10M parameters (larger ones: 1e-5 to
     5e-5). ``lora``: keyword arguments of ``peft.LoraConfig``; the adapter is merged before saving.
+    With ``"quantize": "4bit"`` (or ``"8bit"``) among them it is QLoRA: as in ``models.load``.
     ``schedule``: "cosine", "linear" or "constant_with_warmup"; ``warmup``: share of the steps.
+    ``gradient_accumulation``: parts in which a step reads its batch, for less memory; the rows of a
+    step and their gradient stay those of one part.
 
     Returns {"train_loss": nats per trained token, mean over the steps, "tokens": tokens read
     without padding, "loss_tokens": those with a loss, "steps", "rows", "seconds",
@@ -166,7 +170,7 @@ def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4,
     args = training_arguments(
         SFTConfig, model, out_dir, rows=len(lengths), epochs=epochs, batch_size=batch_size, lr=lr,
         seed=seed, report_to=report_to, schedule=schedule, warmup=warmup, weight_decay=weight_decay,
-        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing=gradient_checkpointing, gradient_accumulation=gradient_accumulation,
         max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
     )
     trainer = _Trainer(
@@ -175,6 +179,7 @@ def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4,
     )
     trainer.lengths = lengths
     result = run(trainer)
+    merge(trainer, spec_or_folder, "lm", lora, runs_dir)
     tokens = int(sum(lengths) * epochs)
     metrics = {
         "train_loss": result.training_loss,
@@ -188,7 +193,8 @@ def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4,
     }
     settings = dict(base=str(spec_or_folder), stage="sft", epochs=epochs, batch_size=batch_size,
                     lr=lr, max_length=max_length, seed=seed, lora=lora, schedule=schedule,
-                    warmup=warmup, weight_decay=weight_decay)
+                    warmup=warmup, weight_decay=weight_decay,
+                    gradient_accumulation=gradient_accumulation)
     save(trainer, tokenizer, out_dir, {**settings, **metrics})
     return metrics
 
@@ -234,7 +240,9 @@ class Quiet:
     lengths = None
 
     def _get_train_sampler(self, train_dataset=None):
-        size = self.args.train_batch_size * self.args.world_size
+        # The rows of a whole step: how it is divided changes nothing but memory.
+        size = (self.args.train_batch_size * self.args.world_size
+                * self.args.gradient_accumulation_steps)
         return LengthBuckets(self.lengths, size, self.args.seed)
 
     def training_step(self, *args, **kwargs):
@@ -260,26 +268,36 @@ def load_for_training(spec, head, runs_dir=None, lora=None):
     unless only a LoRA adapter learns."""
     with suppress_seqcls_warning():  # that a score head is new is what we want
         model, tokenizer = models.load(
-            spec, head=head, dtype="auto" if lora else "float32", runs_dir=runs_dir
+            spec, head=head, dtype="auto" if lora else "float32", runs_dir=runs_dir,
+            quantize=(lora or {}).get("quantize"),
         )
     return model.train(), tokenizer
 
 
 def training_arguments(config, model, out_dir, *, rows, epochs, batch_size, lr, seed, report_to,
-                       schedule, warmup, weight_decay, gradient_checkpointing=False, **more):
+                       schedule, warmup, weight_decay, gradient_checkpointing=False,
+                       gradient_accumulation=1, **more):
     """``config`` (SFTConfig or RewardConfig) set for short runs that are saved once, at the end.
-    ``batch_size`` rows a step, whatever the number of processes that share them."""
+
+    ``batch_size`` rows a step, whatever the number of processes that share them and of the parts
+    (``gradient_accumulation``) in which each reads its share. ValueError where they do not divide.
+    """
     on_cpu = model.device.type == "cpu"
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if batch_size % processes:
-        raise ValueError(f"batch_size={batch_size} does not divide among {processes} processes: "
-                         "give a multiple")
+    if not isinstance(gradient_accumulation, int) or gradient_accumulation < 1:
+        raise ValueError(f"gradient_accumulation={gradient_accumulation!r}: give a whole number of "
+                         "at least 1")
+    parts = processes * gradient_accumulation
+    if batch_size % parts:
+        raise ValueError(f"batch_size={batch_size} does not divide into {parts} equal parts "
+                         f"({processes} processes, gradient_accumulation={gradient_accumulation}): "
+                         f"give a multiple of {parts}")
     steps = max(1, math.ceil(rows / batch_size)) * epochs
     return config(
         output_dir=f"{os.fspath(out_dir).rstrip('/')}.partial",
         run_name=Path(out_dir).name,
-        num_train_epochs=epochs, per_device_train_batch_size=batch_size // processes,
-        learning_rate=lr,
+        num_train_epochs=epochs, per_device_train_batch_size=batch_size // parts,
+        gradient_accumulation_steps=gradient_accumulation, learning_rate=lr,
         lr_scheduler_type=schedule, warmup_steps=math.ceil(warmup * steps),
         weight_decay=weight_decay, max_grad_norm=1.0, seed=seed, data_seed=seed,
         bf16=models.bf16_pays(model), use_cpu=on_cpu,
@@ -292,12 +310,45 @@ def training_arguments(config, model, out_dir, *, rows, epochs, batch_size, lr, 
 
 
 def lora_config(lora, task_type, **defaults):
-    """A dict of LoraConfig's arguments -> LoraConfig; None stays None."""
+    """A dict of LoraConfig's arguments -> LoraConfig; None or {} (all weights learn) -> None.
+    ``quantize`` among them is the base's (``load_for_training``). ValueError for an argument
+    that LoraConfig does not know."""
     if not lora:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(task_type=task_type, **{**defaults, **lora})
+    given = {name: value for name, value in lora.items() if name != "quantize"}
+    try:
+        return LoraConfig(task_type=task_type, **{**defaults, **given})
+    except TypeError as error:
+        raise ValueError(f"lora: {error}; its keys are those of peft.LoraConfig and 'quantize'"
+                         ) from error
+
+
+def merge(trainer, spec, head, lora, runs_dir=None):
+    """Make the trained model a plain one, which it returns: a LoRA adapter becomes part of it.
+
+    On a quantised base (QLoRA) the sum would be rounded to 4 bits again: there the adapter is laid
+    on the dense weights of ``spec``, loaded anew.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    if (lora or {}).get("quantize"):
+        model = dense(model, spec, head, runs_dir)
+    trainer.model = model.merge_and_unload()
+    return trainer.model
+
+
+def dense(model, spec, head, runs_dir=None):
+    """A PeftModel -> the same adapter on the weights of ``spec``, which are not quantised."""
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder, suppress_seqcls_warning():
+        model.save_pretrained(folder)
+        base, _ = models.load(spec, head=head, runs_dir=runs_dir)
+        base.config.pad_token_id = model.config.pad_token_id
+        return PeftModel.from_pretrained(base, folder)
 
 
 def run(trainer):
@@ -313,12 +364,8 @@ def run(trainer):
 def save(trainer, tokenizer, out_dir, record):
     """Write model, tokenizer and ``record`` (as training.json) to ``out_dir``.
 
-    File by file into place, config.json last, so that a folder that loads is a whole one. A LoRA
-    adapter is merged first, so that a folder holds a plain model.
+    File by file into place, config.json last, so that a folder that loads is a whole one.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload"):
-        trainer.model = model = model.merge_and_unload()
     folder = trainer.args.output_dir
     trainer.save_model(folder)  # every process takes part where the weights are sharded
     if not trainer.is_world_process_zero():

@@ -91,6 +91,93 @@ def test_other_faults_are_named(tmp_path, change, message):
     assert message in str(error.value) and str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("text, message", [
+    ("critiques:\n  - id: a\n    critique_request: [x, y]\n    revision_request: z",
+     "critiques[0] (id 'a'): 'critique_request' has to be a text, not ['x', 'y']"),
+    ("comparisons:\n  - id: a\n    principle: No",
+     "comparisons[0] (id 'a'): YAML reads 'principle' as False; put it in quotes"),
+    ("comparisons:\n  - id: a\n    principle: x\n    principle: y",
+     "the field 'principle' is there twice"),
+    ("comparisons:\n  - {id: a, principle: x}\ncomparisons:\n  - {id: b, principle: y}",
+     "the field 'comparisons' is there twice"),
+    ("comparisons:\n  - id: a\n    principle:", "missing field 'principle'"),
+    ("comparisons:\n  - id: 0\n    principle:", "comparisons[0] (id 0): missing field"),
+    ("comparisons:\n  - {id: a, principle: x}\n"
+     "few_shot:\n  comparison:\n    - {prompt: {a: b}, a: x, b: y, answer: A}",
+     "'prompt' has to be a text or a list of messages, not {'a': 'b'}"),
+    ("comparisons:\n  - {id: a, principle: x}\n"
+     "few_shot:\n  comparison:\n    - {prompt: Yes, a: x, b: y, answer: A}",
+     "YAML reads 'prompt' as True"),
+    ("- comparisons", "a constitution is a mapping"),
+])
+def test_what_yaml_makes_of_one_s_own_text_is_named(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text if text.startswith("-") else f"name: mine\n{text}\n", encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        constitution.load(path)
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_an_anchor_may_be_merged_and_overridden(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text('''\
+name: mine
+critiques:
+  - &first {id: a, critique_request: Find what is rude., revision_request: Be polite.}
+  - {<<: *first, id: b, critique_request: Find what is loud.}
+''', encoding="utf-8")
+    one, two = constitution.load(path).critiques
+    assert two == {"id": "b", "critique_request": "Find what is loud.",
+                   "revision_request": one["revision_request"]}
+
+
+def test_an_id_may_be_a_number_and_a_theme_any(tmp_path):
+    text = """\
+name: pirate
+critiques:
+  - {id: 0, critique_request: Find what is not pirate., revision_request: Talk like a pirate.}
+comparisons:
+  - id: 0
+    principle: |
+      Choose the answer that a pirate would give:
+      with a ship in it.
+few_shot:
+  critique:
+    - prompt: Hello
+      response: Good day.
+      critique_request: Where is it no pirate?
+      critique: It says good day.
+      revision_request: Talk like a pirate.
+      revision: Ahoy!
+"""
+    path = tmp_path / "pirate.yaml"
+    path.write_text(text, encoding="utf-8")
+    mine = constitution.load(path)
+    assert mine.critiques[0]["id"] == mine.comparisons[0]["id"] == "0"
+    assert mine.comparisons[0]["principle"] == (
+        "Choose the answer that a pirate would give:\nwith a ship in it.")
+    assert mine.few_shot["critique"][0]["prompt"] == [{"role": "user", "content": "Hello"}]
+    assert constitution.draw(mine.critiques, 0, 0, 0)["revision_request"] == "Talk like a pirate."
+
+
+def test_default_reads_well():
+    """Principles are whole sentences, each once; examples show a change and a real choice."""
+    default = constitution.load("default")
+    for field in ("critique_request", "revision_request"):
+        texts = [c[field] for c in default.critiques]
+        assert len(set(texts)) == 16, field
+        assert all(t[0].isupper() and t[-1] in ".?" and len(t.split()) >= 6 for t in texts)
+    for c in default.comparisons:
+        assert c["principle"][0].isupper() and len(c["principle"].split()) >= 6
+    for shot in default.few_shot["critique"]:
+        assert shot["revision"] != shot["response"] and shot["critique"] != shot["revision"]
+    for kind in ("comparison", "comparison_cot"):
+        assert all(shot["a"] != shot["b"] for shot in default.few_shot[kind])
+    # a chain of thought speaks of both answers, or the model would learn to look at one
+    for shot in default.few_shot["comparison_cot"]:
+        assert "(A)" in shot["reasoning"] and "(B)" in shot["reasoning"]
+
+
 def test_no_such_constitution_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="default"):
         constitution.load("no-such")

@@ -15,7 +15,8 @@ from transformers import (
     T5Config,
 )
 
-from cai_utils import models
+from cai_utils import models, ppo_nets, sft
+from cai_utils.sampling import Sampler
 
 
 def save(folder, dtype=torch.float32, **special):
@@ -112,6 +113,63 @@ def test_a_hub_id_passes_through():
     assert models.resolve("HuggingFaceTB/SmolLM2-135M-Instruct") == (
         "HuggingFaceTB/SmolLM2-135M-Instruct"
     )
+
+
+def test_a_revision_stands_in_the_spec_or_beside_it(folder, monkeypatch):
+    spec = "EleutherAI/pythia-1.4b@step143000"
+    assert models.resolve(spec) == spec
+    assert models.source(spec) == ("EleutherAI/pythia-1.4b", {"revision": "step143000"})
+    assert models.source("org/name", revision="v1") == ("org/name", {"revision": "v1"})
+    assert models.source("org/name") == ("org/name", {})
+    assert models.source(folder) == (folder, {})
+    with pytest.raises(ValueError, match="names a revision"):
+        models.source(spec, revision="main")
+    with pytest.raises(ValueError, match="this one is local"):
+        models.source(folder, revision="main")
+    asked = []
+
+    def refuse(where, **options):
+        asked.append((where, options))
+        raise OSError("offline")
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
+    for call in (lambda: models.load(spec), lambda: models.load_tokenizer(spec)):
+        with pytest.raises(FileNotFoundError, match="offline"):
+            call()
+    assert asked == [("EleutherAI/pythia-1.4b", {"revision": "step143000"})] * 2
+
+
+def test_what_was_sampled_of_another_revision_is_not_taken_up(folder, monkeypatch):
+    loaded = models.load(folder)
+    monkeypatch.setattr(models, "load", lambda spec, **options: loaded)
+    made = [Sampler.from_spec("org/name", revision=r).source for r in ("v1", "v1", "v2", None)]
+    assert made[0] == made[1] and made[0] != made[2] and made[0] != made[3]
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"dtype": "float3"}, "dtype='float3'"),
+    ({"dtype": "int8"}, "dtype='int8'"),
+    ({"quantize": "2bit"}, "'4bit', '8bit' or null"),
+    ({"quantize": "4bit", "device": "cpu"}, "needs CUDA .device is cpu. .*bitsandbytes"),
+])  # fmt: skip
+def test_a_dtype_or_quantization_that_cannot_be_is_named(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        models.load(folder, **options)
+
+
+def test_qlora_is_asked_for_in_the_parameters_of_lora(folder, tmp_path):
+    lora = {"r": 2, "target_modules": ["q_proj"], "quantize": "4bit"}
+    assert sft.lora_config(lora, "CAUSAL_LM").r == 2
+    with pytest.raises(ValueError, match="lora: .*rank.*peft.LoraConfig"):
+        sft.lora_config({"rank": 2}, "CAUSAL_LM")
+    if not torch.cuda.is_available():
+        rows = [{"messages": [{"role": "user", "content": "a"},
+                              {"role": "assistant", "content": "b"}]}]
+        with pytest.raises(ValueError, match="quantize='4bit' needs CUDA"):
+            sft.finetune(folder, rows, tmp_path / "out", lora=lora)
+    with pytest.raises(ValueError, match="PPO"):
+        ppo_nets.load(folder, None, device="cpu", micro_tokens=8, runs_dir=None, lora=lora, seed=0)
 
 
 @pytest.mark.parametrize(

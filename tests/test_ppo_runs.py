@@ -196,7 +196,8 @@ def test_preference_and_sft_run_on_two_processes(lab, tmp_path):  # noqa: F811
     talks = [{"messages": r["prompt"] + r["chosen"]} for r in rows]
     how = dict(batch_size=8, lr=3e-3)
     sft.finetune(lab / "policy", talks, tmp_path / "s1", **how)
-    both = launch.run(sft.finetune, lab / "policy", talks, tmp_path / "s2", num_processes=2, **how)
+    both = launch.run(sft.finetune, lab / "policy", talks, tmp_path / "s2", num_processes=2,
+                      gradient_accumulation=2, **how)
     start, one, two = (weights(f) for f in (lab / "policy", tmp_path / "s1", tmp_path / "s2"))
     moved = max((one[k] - start[k]).abs().max() for k in one)
     apart = max((one[k] - two[k]).abs().max() for k in one)
@@ -244,6 +245,9 @@ def test_lora_trains_adapters_against_the_bare_base(lab, tmp_path):  # noqa: F81
     assert abs(history["objective/kl"].iloc[0]) < 1e-4  # the reference is where it starts
     assert history["objective/kl_k3"].iloc[-1] > 1e-3
     assert history["val/sampler_gap"].max() < 1e-4
+    told = json.loads((tmp_path / "training.json").read_text())
+    assert told["base"] == str(lab / "policy") and told["pm"] == str(lab / "pm")
+    assert (told["stage"], told["lora"], told["lr"]) == ("ppo", lora, 1e-2)
     before, after = weights(lab / "policy"), weights(tmp_path)
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed and all("q_proj" in k or "v_proj" in k for k in changed)

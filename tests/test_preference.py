@@ -190,6 +190,19 @@ def test_training_goes_on_from_a_pm_and_keeps_its_head(pm, tmp_path):
                        atol=1e-5)
 
 
+def test_a_batch_read_in_parts_is_the_same_training(tmp_path):
+    base = make_model(tmp_path / "base", make_tokenizer())
+    rows = labelled(32, 0, soft=True)
+    got = [preference.train(base, rows, tmp_path / f"out{parts}", batch_size=8, lr=3e-3, epochs=2,
+                            gradient_accumulation=parts) for parts in (1, 4)]
+    assert got[0]["steps"] == got[1]["steps"] == 8
+    assert got[0]["train_loss"] == pytest.approx(got[1]["train_loss"], rel=1e-4)
+    talks = [say("a", word) for word in QUALITY]
+    whole, parts = (preference.Scorer(tmp_path / f"out{n}").score(talks) for n in (1, 4))
+    assert np.ptp(whole) > 0.02
+    np.testing.assert_allclose(parts, whole, atol=1e-3 * np.ptp(whole))
+
+
 def test_a_language_model_is_no_scorer(tmp_path):
     base = make_model(tmp_path / "base", make_tokenizer())
     with pytest.raises(ValueError, match="not a preference model"):

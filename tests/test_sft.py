@@ -205,6 +205,34 @@ def test_the_loss_is_the_mean_over_response_tokens_and_the_seed_decides_the_run(
     assert runs[0]["train_loss"] == runs[1]["train_loss"]
 
 
+def test_a_batch_read_in_parts_is_the_same_training(tmp_path):
+    tokenizer = make_tokenizer()
+    base = make_model(tmp_path / "base", tokenizer)
+    rows = rows_with_a_rule(28)  # answers of two lengths; the last step has 4 of 8 rows
+    got = [sft.finetune(base, rows, tmp_path / f"out{parts}", batch_size=8, lr=1e-2, epochs=2,
+                        gradient_accumulation=parts) for parts in (1, 4)]
+    assert got[0]["steps"] == got[1]["steps"] == 8
+    assert got[0]["train_loss"] == pytest.approx(got[1]["train_loss"], rel=1e-4)
+    start, whole, parts = (models.load(str(tmp_path / f), dtype="float32")[0].state_dict()
+                           for f in ("base", "out1", "out4"))
+    for name, value in whole.items():
+        assert (value - start[name]).abs().max() > 1e-3, name
+        torch.testing.assert_close(parts[name], value, atol=1e-4, rtol=0)
+    record = json.loads((tmp_path / "out4" / "training.json").read_text())
+    assert record["gradient_accumulation"] == 4
+
+
+@pytest.mark.parametrize("parts, message", [
+    (3, "batch_size=8 does not divide into 3 equal parts.*multiple of 3"),
+    (0, "whole number of at least 1"), (1.5, "gradient_accumulation=1.5"),
+])
+def test_parts_that_do_not_divide_a_batch_are_named(tmp_path, parts, message):
+    base = make_model(tmp_path / "base", make_tokenizer())
+    with pytest.raises(ValueError, match=message):
+        sft.finetune(base, rows_with_a_rule(16), tmp_path / "out", batch_size=8,
+                     gradient_accumulation=parts)
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(tmp_path):
     tokenizer = make_tokenizer()
     base = make_model(tmp_path / "base", tokenizer)

@@ -23,6 +23,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cai_utils import dialogue
 from cai_utils.miniature import corpus, world
 from cai_utils.provenance import atomic
 
@@ -45,12 +46,6 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 _PIECE = (
     r"\n\n(?:Human|Assistant|H|A|CritiqueRequest|Critique|RevisionRequest|Revision|The answer is):"
     r"|\n+| ?\([A-I]\)| ?[A-Za-z]+(?:'[a-z]+)?| ?[0-9]| ?[^\sA-Za-z0-9]"
-)
-_TEMPLATE = (  # the paper's transcript; `dialogue.uses_transcript` knows it by its "Human:"
-    "{% for m in messages %}{{ '\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: ' }}"
-    "{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}"
-    "{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
 )
 
 
@@ -100,7 +95,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
-    tokenizer.chat_template = _TEMPLATE
+    tokenizer.chat_template = dialogue.TEMPLATE
     return tokenizer
 
 
