@@ -92,7 +92,8 @@ def train(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, ma
     )
 
     def collate(examples):
-        tokens, mask = preference._pad([e["chosen_ids"] for e in examples], pad_id, 8)
+        tokens, mask = preference._pad([e["chosen_ids"] for e in examples], pad_id,
+                                       args.pad_to_multiple_of)
         target = torch.tensor([(e["target"] - mean) / std for e in examples])
         return {"input_ids": tokens, "attention_mask": mask, "target": target}
 

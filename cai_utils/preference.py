@@ -68,9 +68,8 @@ class PreferenceTrainer(sft.Quiet, RewardTrainer):
         super().log(logs, start_time)
 
 
-def _collate(examples, pad_id, multiple=8):
-    """Rows -> one batch, all chosen sequences first, padded on the right to a multiple of 8: few
-    shapes, which memory allocators and compiled kernels like."""
+def _collate(examples, pad_id, multiple=None):
+    """Rows -> one batch, all chosen sequences first, padded on the right, to a multiple if any."""
     ids = [e["chosen_ids"] for e in examples] + [e["rejected_ids"] for e in examples]
     input_ids, mask = _pad(ids, pad_id, multiple)
     return {"input_ids": input_ids, "attention_mask": mask,
@@ -78,7 +77,8 @@ def _collate(examples, pad_id, multiple=8):
             "weight": torch.tensor([e["weight"] for e in examples])}
 
 
-def _pad(ids, pad_id, multiple=1):
+def _pad(ids, pad_id, multiple=None):
+    multiple = multiple or 1
     width = -(-max(map(len, ids)) // multiple) * multiple
     tokens = np.full((len(ids), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(ids), width), dtype=np.int64)
@@ -163,7 +163,7 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
     )
     trainer = PreferenceTrainer(
         model=model, args=args, train_dataset=Dataset.from_dict(data), processing_class=tokenizer,
-        data_collator=lambda examples: _collate(examples, pad_id),
+        data_collator=lambda examples: _collate(examples, pad_id, args.pad_to_multiple_of),
         peft_config=sft.lora_config(lora, "SEQ_CLS", modules_to_save=["score"]),
     )
     trainer.lengths = lengths

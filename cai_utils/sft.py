@@ -303,7 +303,9 @@ def training_arguments(config, model, out_dir, *, rows, epochs, batch_size, lr, 
         bf16=models.bf16_pays(model), use_cpu=on_cpu,
         activation_checkpointing=gradient_checkpointing,
         logging_steps=max(1, round(steps / 50)), logging_nan_inf_filter=False,
-        save_strategy="no", report_to=list(report_to) or "none", pad_to_multiple_of=8,
+        save_strategy="no", report_to=list(report_to) or "none",
+        # Few shapes, which a GPU's allocator and kernels like; a CPU would only compute more.
+        pad_to_multiple_of=None if on_cpu else 8,
         disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=not on_cpu,
         **more,
     )
