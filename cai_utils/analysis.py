@@ -232,22 +232,22 @@ def chains_markdown(chains, title, judge=None, intro="") -> str:
     """A page to read: for each chain the prompt, then a table of responses and critiques."""
     page = [f"# {title}", *([intro] if intro else [])]
     for chain in chains:
-        page.append("## " + " — ".join(f"*{m['role']}*: {_cell(m['content'])}"
+        page.append("## " + " — ".join(f"*{m['role']}*: {cell(m['content'])}"
                                        for m in chain["prompt"]))
         head = "| | text |" + (" true harm |" if judge else "")
         table = [head, "|---|---|" + ("---|" if judge else "")]
         for k, text in enumerate(chain["responses"]):
             if k and chain["critiques"][k - 1] is not None:
                 table.append(f"| critique {k}<br>*{chain['principles'][k - 1]}* | "
-                             f"{_cell(chain['critiques'][k - 1])} |" + (" |" if judge else ""))
+                             f"{cell(chain['critiques'][k - 1])} |" + (" |" if judge else ""))
             harm = judge(dialogue.with_response(chain["prompt"], text))["harm"] if judge else ""
             name = f"**revision {k}**" if k else "**response**"
-            table.append(f"| {name} | {_cell(text)} |" + (f" {harm} |" if judge else ""))
+            table.append(f"| {name} | {cell(text)} |" + (f" {harm} |" if judge else ""))
         page.append("\n".join(table))
     return "\n\n".join(page) + "\n"
 
 
-def _cell(text) -> str:
+def cell(text) -> str:
     """Text that stays inside one cell of a Markdown table and is not read as markup."""
     for mark in "\\|*_`#<>[]":
         text = text.replace(mark, {"<": "&lt;", ">": "&gt;"}.get(mark, "\\" + mark))
