@@ -348,7 +348,8 @@ def sl_cai_n(df, note=panels.BARS):
 
 
 @panels.figure
-def published_models(df, note=panels.BARS):
+def published_models(df, note="bars: 95 % bootstrap intervals over prompts, of shares Wilson's "
+                              "where that is wider"):
     """Models side by side, one panel per measure, prompt sets apart.
 
     Columns: method, kind (the prompt set), measure (any text; it labels the panel), estimate,

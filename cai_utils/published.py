@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import re
 
+import numpy as np
 import pandas as pd
 
-from cai_utils import analysis, data, dialogue, evasiveness, feedback, policies
+from cai_utils import analysis, data, dialogue, evasiveness, feedback, policies, stats
 from cai_utils.evasiveness import COMPLIANCE, FULL, PARTIAL
 from cai_utils.fetch import XSTEST_MODELS, paper_file, xstest_file
 
@@ -147,9 +148,17 @@ def by_model(long, measures) -> pd.DataFrame:
     """Means of measures ({column: label}) for each prompt set and model, intervals over prompts.
 
     Columns: kind, model, method, measure (the label), estimate, ci_low, ci_high, n (prompts).
+    Shares get the wider of the bootstrap's and Wilson's interval over prompts, since a share that
+    is 0 or 1 on every prompt has a bootstrap of zero width.
     """
-    tables = [analysis.summarize(long, ["kind", "model", "method"], column).assign(measure=label)
-              for column, label in measures.items()]
+    tables = []
+    for column, label in measures.items():
+        table = analysis.summarize(long, ["kind", "model", "method"], column)
+        if long[column].isin((0, 1)).all():
+            floor = [stats.wilson(r.estimate * r.n, r.n) for r in table.itertuples()]
+            table["ci_low"] = np.minimum(table["ci_low"], [e.low for e in floor])
+            table["ci_high"] = np.maximum(table["ci_high"], [e.high for e in floor])
+        tables.append(table.assign(measure=label))
     return pd.concat(tables, ignore_index=True)
 
 
