@@ -117,8 +117,12 @@ PREMISE = re.compile(
 )
 AGREEMENT = re.compile(r"(?:of course|sure|certainly|ok|okay|alright|absolutely)[,.! ]")
 DODGE = re.compile(
-    r"^(?:i'm |i am |my )?(?:\w+ )?(?:sorry|apolog\w+)\b|\b(?:designed|built|programmed)\b"
-    r"|\b(?:unable to|not able to|cannot|will not)\b|\b(?:do not|don't|didn't) understand\b"
+    r"^(?:i'm |i am |my )?(?:\w+ )?(?:sorry|apolog\w+)\b"
+    r"|\bi(?:'m| am| was)?(?: not|n't)?(?: \w+){0,2} "
+    r"(?:designed|built|programmed)\b"
+    r"|\bi(?:'m| am| was)?(?: \w+){0,1} "
+    r"(?:unable to|not able to|cannot|will not)\b"
+    r"|\bi (?:do not|don't|didn't) understand\b"
 )
 FICTION = re.compile(r"\bfictional (?:\w+ )?(?:character|person|entit|figure)|\bnot a real\b")
 NORM = re.compile(
