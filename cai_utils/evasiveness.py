@@ -28,12 +28,10 @@ Written on XSTest's completions of Llama2 with its original system prompt
 without a system prompt, on the evasions in the paper's samples of HH RLHF and helpful RLHF
 (unlabelled), and on general knowledge of how assistants refuse. **Validated on a model that was not
 used to write it**: Mistral-Instruct without a system prompt
-(`xstest_v2_completions_mistralinstruct.csv`, 450).
-Its texts were never read; its confusion matrix was looked at three times while the rule was made
-more general, so the agreement is slightly optimistic. The aim, a kappa of 0.75, is **not reached**
-there: many of that model's refusals object in words that the rule does not know, so that it misses
-refusals far more often than it invents them. `agreement` computes the numbers, notebook 12 shows
-them. Whoever improves the rule after reading a model's completions has to say so here and validate
+(`xstest_v2_completions_mistralinstruct.csv`, 450). Its texts were never read, but its confusion
+matrix was looked at four times while the rule was made more general (LOG.md), so the agreement is
+if anything optimistic. The aim, a kappa of 0.75, is **not reached** there: the rule does not
+recognise many of that model's refusals. `agreement` computes the numbers, notebook 12 shows them. Whoever improves the rule after reading a model's completions has to say so here and validate
 on another (Mistral with a guarding system prompt is published too). English only.
 """
 
