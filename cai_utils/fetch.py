@@ -93,7 +93,7 @@ def xstest_file(name: str) -> Path:
     if name not in XSTEST_FILES:
         raise ValueError(f"{name!r} is no file of XSTest; there are: {', '.join(XSTEST_FILES)}")
     return _file(f"xstest/{name}", f"{name} of XSTest", XSTEST_URL + XSTEST_FILES[name],
-                 XSTEST_SHA256.get(name), name)
+                 XSTEST_SHA256.get(name), f"xstest-{XSTEST_FILES[name][:7]}-{name}")
 
 
 def _file(where, what, url, checksum, cached_as) -> Path:
