@@ -95,7 +95,7 @@ def ppo(spec, **sizes):
                    "memory": [{"name": f"ppo_{size}", "unit": "MB", **memory, **where}],
                    "growth": []}  # fmt: skip
             points = [(32, 48), (64, 48), (256, 48), (128, 16), (128, 96)] if size == "xs" else []
-            for episodes, new in [(2, 4), (4, 4)] if quick and points else points:
+            for episodes, new in [(2, 4)] if quick and points else points:
                 more = {"episodes": episodes, "new_tokens": new, "iterations": 4 if quick else 6}
                 grown, _ = pair({**settings, **more}, more["iterations"] - 3)
                 del grown["ratio_low"], grown["ratio_high"]
@@ -135,11 +135,12 @@ def prepare(spec, folder, quick):
 def pm_smollm2(rounds, quick):
     """hh-rlhf comparisons/s of training alone (no loading); and the mean loss of both, over the
     same rows in the same number of steps."""
-    count, batch, longest = (4, 2, 48) if quick else (64, 8, 512)
+    count, batch, longest = (4, 2, 512) if quick else (64, 8, 512)
     losses = {}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        model, tokenizer = models.load(sampling.SMOLLM2, dtype="float32")
+        spec = "miniature/xs" if quick else sampling.SMOLLM2
+        model, tokenizer = models.load(spec, dtype="float32")
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
         rows = real_comparisons(count, tokenizer, longest)

@@ -59,8 +59,8 @@ class Checkpoints:
         return record.get("iterations", 0) if self.key and record.get("key") == self.key else 0
 
     def find(self):
-        """(folder, state) of the last checkpoint, or (None, None); ValueError, which says in what it
-        differs, when it belongs to another call: it may be all that is left of a long run."""
+        """(folder, state) of the last checkpoint, or (None, None); ValueError, which says in what
+        it differs, when it belongs to another call: it may be all that is left of a long run."""
         found = [(f, state) for f, state in self._own() if state["key"] == self.key]
         other = [(f, state) for f, state in self._own() if state["key"] != self.key]
         if other and not found:

@@ -51,7 +51,7 @@ def test_a_training_measurement_runs(tmp_path, name):
         if not os.environ.get("CAI_DATA_DIR"):
             pytest.skip("needs hh-rlhf (CAI_DATA_DIR)")
     done = bench(name, "--quick", "--out", tmp_path)
-    if "left out" in done.stdout:  # the peer's package index is out of reach
+    if "could not be installed" in done.stdout:  # the peer's package index is out of reach
         pytest.skip(done.stdout)
     assert done.returncode == 0, done.stderr
     (row,) = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
@@ -61,7 +61,7 @@ def test_a_training_measurement_runs(tmp_path, name):
     assert float(row["ours"]) > 0 and float(row["peer"]) > 0
     if name == "ppo_xs":
         grown = list(csv.DictReader((tmp_path / "growth.csv").read_text().splitlines()))
-        assert [(r["batch"], r["new_tokens"]) for r in grown] == [("2", "4"), ("4", "4")]
+        assert [(r["batch"], r["new_tokens"]) for r in grown] == [("2", "4")]
 
 
 def test_an_unknown_name_is_an_error():

@@ -190,8 +190,7 @@ def test_preference_and_sft_run_on_two_processes(lab, tmp_path):  # noqa: F811
     assert both["steps"] == alone["steps"] == 4 and both["pairs"] == 32
     talks = [row(i)["prompt"] + row(i)["chosen"] for i in range(10)]
     one, two = (preference.Scorer(tmp_path / f).score(talks) for f in ("one", "two"))
-    start = preference.Scorer(tmp_path / "one").model.score.weight
-    assert np.isfinite(start.detach()).all() and np.ptp(one) > 0
+    assert np.ptp(one) > 0
     np.testing.assert_allclose(one, two, atol=0.1 * np.abs(one).max())
 
     talks = [{"messages": r["prompt"] + r["chosen"]} for r in rows]

@@ -9,13 +9,13 @@ import torch
 from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
-    LlamaForSequenceClassification,
-    AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LlamaForSequenceClassification,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_sampling import CONFIGS, TOKENIZER, make_model, plain_choice_logprobs, reference
 
-from cai_utils import kvcache
+from cai_utils import engine, kvcache
 from cai_utils.kvcache import shared_beginnings
 from cai_utils.sampling import Sampler
 
@@ -67,6 +67,20 @@ def test_choices_with_shared_beginnings_are_scored_as_by_plain_passes(eager_shar
     for prompt, row in zip(PROMPTS, got, strict=True):
         want = plain_choice_logprobs(model, TOKENIZER(prompt)["input_ids"], sequences)
         np.testing.assert_allclose(row, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+def test_long_prompts_are_prefilled_with_sdpa_and_nothing_changes(monkeypatch, kind):
+    model = make_model(kind)
+    used = []
+    model.register_forward_pre_hook(lambda *_: used.append(model.config._attn_implementation))
+    plain = Sampler(model, TOKENIZER).generate(PROMPTS, temperature=0, max_new_tokens=6)
+    assert set(used) == {"eager"}
+    used.clear()
+    monkeypatch.setattr(engine, "_SDPA_FROM", 8)
+    long = Sampler(model, TOKENIZER).generate(PROMPTS, temperature=0, max_new_tokens=6)
+    assert set(used) == {"eager", "sdpa"} and model.config._attn_implementation == "eager"
+    assert [r[0].token_ids for r in long] == [r[0].token_ids for r in plain]
 
 
 def test_sampling_is_the_same_with_and_without_sharing(eager_sharing):

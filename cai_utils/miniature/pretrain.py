@@ -212,9 +212,10 @@ def pretrain(
     """Pretrain one size and write its folder: bf16 weights, tokenizer, curve, provenance.
 
     tokens: length of the corpus, each token seen once. start: folder of this size that an earlier
-    cycle, with another seed, made; the curve and the tokens go on from there. `log` gets a dict at every evaluation.
-    The folder appears whole or not at all; a killed run goes on where <out>.state.pt left off, to
-    the same weights. Returns the provenance, with `curve` (list of rows).
+    cycle, with another seed, made; the curve and the tokens go on from there. `log` gets a dict at
+    every evaluation. The folder appears whole or not at all; a killed run goes on where
+    <out>.state.pt left off, to the same weights. Returns the provenance, with `curve` (list of
+    rows). ValueError for a `start` of another size or world.
     """
     out, began = Path(out), time.time()
     tokens = tokens or TOKENS[size]
