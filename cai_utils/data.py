@@ -30,7 +30,7 @@ from collections import Counter
 from pathlib import Path
 
 from cai_utils import dialogue
-from cai_utils.fetch import PAPER_SHA256, local, paper_file, xstest_file  # noqa: F401
+from cai_utils.fetch import local, paper_file, xstest_file
 
 SPLITS = {"train": "train", "test": "eval"}  # hh-rlhf's names -> ours
 

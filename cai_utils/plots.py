@@ -70,7 +70,7 @@ def fig03_elo_scaling(df, note=panels.BARS):
 
 
 @panels.figure
-def fig04_harm_identification(df, chance=0.5, note="bars: 95 % intervals over questions"):
+def fig04_harm_identification(df, chance=0.5, note="bars: 95 % intervals over conversations"):
     """Paper Fig. 4. Columns: size, parameters, method, estimate (accuracy), ci_low, ci_high."""
     names = ["size", "method"]
     df = panels.check(df, "fig04_harm_identification", ["parameters", "estimate"], names, names)

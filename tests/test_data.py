@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cai_utils import data
+from cai_utils import analysis, data
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -283,14 +283,15 @@ def test_the_real_hh_rlhf():
 
 
 def test_the_real_questions():
-    path = published("constitutional_harmlessness_paper/evals/438HHHEvaluations.jsonl")
-    import hashlib
-
-    sha = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert data.PAPER_SHA256["evals/438HHHEvaluations.jsonl"] == sha
+    published("constitutional_harmlessness_paper/evals/438HHHEvaluations.jsonl")
     questions = data.load_questions("paper/438HHHEvaluations")
     assert len(questions) == 438
     assert {len(q["corrects"] + q["incorrects"]) for q in questions} == {2}
+    about = analysis.conversations(questions)
+    assert len(set(about.values())) == 188
+    for q in questions:  # what the texts say is what the question shows
+        asked = q["prompt"].partition("\n\nHuman:")[2].partition("\n\nPlease choose")[0]
+        assert about[q["id"]].removeprefix("Human:").split() == asked.split()
 
 
 def test_the_real_xstest():
