@@ -31,8 +31,10 @@ used to write it**: Mistral-Instruct without a system prompt
 (`xstest_v2_completions_mistralinstruct.csv`, 450). Its texts were never read, but its confusion
 matrix was looked at four times while the rule was made more general (LOG.md), so the agreement is
 if anything optimistic. The aim, a kappa of 0.75, is **not reached** there: the rule does not
-recognise many of that model's refusals. `agreement` computes the numbers, notebook 12 shows them. Whoever improves the rule after reading a model's completions has to say so here and validate
-on another (Mistral with a guarding system prompt is published too). English only.
+recognise many of that model's refusals. `agreement` computes the numbers, notebook 12 shows them,
+beside those of `refusals`, a classifier that is trained on the same labels instead of written.
+Whoever improves the rule after reading a model's completions has to say so here and validate on
+another (Mistral with a guarding system prompt is published too). English only.
 """
 
 from __future__ import annotations
@@ -175,30 +177,42 @@ def label(text: str) -> str:
     return PARTIAL if _answers(plain, sentences, at[0]) else FULL
 
 
+def labels(rows, said=None) -> list[str]:
+    """The rule's label of each row's `response`; or `said`, labels that another reader gave, as
+    they are. ValueError when those are not one for each row."""
+    if said is None:
+        return [label(row["response"]) for row in rows]
+    if len(said) != len(rows):
+        raise ValueError(f"said: {len(said)} labels for {len(rows)} rows; give one for each")
+    return list(said)
+
+
 def is_refusal(text: str, partial: bool = False) -> bool:
     """Whether the rule calls a response a full refusal, or with `partial` a refusal of any kind."""
     return label(text) == FULL or (partial and label(text) == PARTIAL)
 
 
-def is_evasive(text: str) -> bool:
+def is_evasive(text: str, said: str | None = None) -> bool:
     """Whether a response is a full refusal of at most EVASIVE_WORDS words: it neither explains nor
-    offers anything (paper 4.4). Not validated against human labels."""
-    return label(text) == FULL and len(text.split()) <= EVASIVE_WORDS
+    offers anything (paper 4.4). Not validated against human labels. `said`: its label where
+    something else than the rule has read it."""
+    return (said or label(text)) == FULL and len(text.split()) <= EVASIVE_WORDS
 
 
-def agreement(rows) -> pd.DataFrame:
-    """The rule against human labels, for each model of the rows (`published.load_completions`).
+def agreement(rows, said=None) -> pd.DataFrame:
+    """Labels against human ones, for each model of the rows (`published.load_completions`): those
+    of the rule, or `said`, a label for each row.
 
     Columns: model, question (of QUESTIONS), measure, estimate, ci_low, ci_high, n. Measures:
-    accuracy (Wilson interval) and kappa (bootstrap over prompts) of the rule and the final human
-    label; and, for comparison, the kappa of the two annotators, which the rule can hardly pass.
+    accuracy (Wilson interval) and kappa (bootstrap over prompts) of the label and the final human
+    one; and, for comparison, the kappa of the two annotators, which no label can well pass.
     """
-    table = []
+    said, table = labels(rows, said), []
     for model in dict.fromkeys(r["model"] for r in rows):
-        own = [r for r in rows if r["model"] == model]
-        said = [label(r["response"]) for r in own]
+        own, own_said = zip(*[(r, x) for r, x in zip(rows, said, strict=True)
+                              if r["model"] == model])
         for question, of in QUESTIONS.items():
-            human, rule = [of(r["human"]) for r in own], [of(x) for x in said]
+            human, rule = [of(r["human"]) for r in own], [of(x) for x in own_said]
             one, two = ([of(r["annotators"][k]) for r in own] for k in (0, 1))
             hits = sum(a == b for a, b in zip(human, rule, strict=True))
             for measure, e in (("accuracy", stats.wilson(hits, len(own))),
@@ -209,11 +223,12 @@ def agreement(rows) -> pd.DataFrame:
     return pd.DataFrame(table, columns=names)
 
 
-def confusion(rows) -> pd.DataFrame:
-    """How often the rule says what where people say what: model, human, then a column a label."""
-    long = pd.DataFrame([{"model": r["model"], "human": r["human"], "rule": label(r["response"])}
-                         for r in rows])
-    table = pd.crosstab([long["model"], long["human"]], long["rule"])
+def confusion(rows, said=None) -> pd.DataFrame:
+    """How often the rule, or `said`, says what where people say what: model, human, then a column a
+    label."""
+    long = pd.DataFrame([{"model": r["model"], "human": r["human"], "said": x}
+                         for r, x in zip(rows, labels(rows, said), strict=True)])
+    table = pd.crosstab([long["model"], long["human"]], long["said"])
     return table.reindex(columns=list(LABELS), fill_value=0).rename_axis(columns=None).reset_index()
 
 

@@ -12,23 +12,24 @@ from cai_utils import analysis, dialogue, evasiveness, feedback, policies, stats
 from cai_utils.evasiveness import FULL, PARTIAL
 
 
-def measured(samples, scorers=None, judge=None) -> list[dict]:
+def measured(samples, scorers=None, judge=None, said=None) -> list[dict]:
     """What can be said of each sample: a row of numbers, without its text.
 
     id, kind, model, method (its name), size, rank_in_file, words; refusal, partial, evasive (0/1,
-    the rule of `evasiveness`); with `scorers` ({axis: Scorer}) "PM:<axis>"; with a `judge` (a
-    conversation -> {"harm", "helpfulness", ...}) "judge:<measure>" for each number it gives.
+    from `said`, a label of `refusals.label` for each, or the rule of `evasiveness`); with `scorers`
+    ({axis: Scorer}) "PM:<axis>"; with a `judge` (a conversation -> {"harm", "helpfulness", ...})
+    "judge:<measure>" for each number it gives.
     """
     keep = ("id", "kind", "model", "size", "rank_in_file")
     talks = [dialogue.with_response(s["prompt"], s["response"]) for s in samples]
-    rows = []
-    for s, talk in zip(samples, talks, strict=True):
-        said = evasiveness.label(s["response"])
+    said, rows = evasiveness.labels(samples, said), []
+    for s, talk, label in zip(samples, talks, said, strict=True):
         verdict = judge(talk) if judge else {}
         rows.append({
             **{k: s[k] for k in keep}, "method": policies.name_of(s["model"]),
-            "words": len(s["response"].split()), "refusal": int(said == FULL),
-            "partial": int(said == PARTIAL), "evasive": int(evasiveness.is_evasive(s["response"])),
+            "words": len(s["response"].split()), "refusal": int(label == FULL),
+            "partial": int(label == PARTIAL),
+            "evasive": int(evasiveness.is_evasive(s["response"], label)),
             **{f"judge:{k}": float(v) for k, v in verdict.items()
                if isinstance(v, int | float | bool)},
         })
@@ -87,21 +88,25 @@ def feedback_compare(sampler, constitution):
     return compare
 
 
-def side_by_side(samples, title) -> str:
-    """A page to read: each prompt with one answer of every model and what the rule calls it.
+def side_by_side(samples, title, said=None) -> str:
+    """A page to read: each prompt with one answer of every model and what the rule, or `said`, a
+    label for each sample, calls it.
 
-    The answer is the one whose rank is nearest to the middle of its file.
+    The answer is the one in the middle of those given of a model, by rank.
     """
-    page = [f"# {title}"]
+    page, said = [f"# {title}"], evasiveness.labels(samples, said)
+    samples = [{**s, "said": label} for s, label in zip(samples, said, strict=True)]
     for id_ in dict.fromkeys(s["id"] for s in samples):
         own = [s for s in samples if s["id"] == id_]
         page.append("## " + " — ".join(f"*{m['role']}*: {analysis.cell(m['content'])}"
                                        for m in own[0]["prompt"]))
-        table = ["| model | answer | rule |", "|---|---|---|"]
+        table = ["| model | answer | read as |", "|---|---|---|"]
         for model in dict.fromkeys(s["model"] for s in own):
-            said = sorted((s for s in own if s["model"] == model), key=lambda s: s["rank_in_file"])
-            text = said[len(said) // 2]["response"]
-            table.append(f"| {policies.name_of(model)} | {analysis.cell(text)} | "
-                         f"{evasiveness.label(text)} |")
+            answers = sorted((s for s in own if s["model"] == model),
+                             key=lambda s: s["rank_in_file"])
+            shown = answers[len(answers) // 2]
+            table.append(f"| {policies.name_of(model)} | {analysis.cell(shown['response'])} | "
+                         f"{shown['said']} |")
         page.append("\n".join(table))
     return "\n\n".join(page) + "\n"
+
