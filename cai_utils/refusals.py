@@ -47,7 +47,7 @@ class Reader:
 
     def __init__(self, spec, batch_tokens=2048):
         self.model, self.tokenizer = models.load(spec, dtype="float32")
-        self.model, self.batch_tokens = self.model.base_model, batch_tokens
+        self.model, self.batch_tokens, self._kept = self.model.base_model, batch_tokens, {}
         layers = self.model.config.get_text_config().num_hidden_layers
         if layers < 2:
             raise ValueError(f"{spec}: {layers} layer, a reader of hidden states needs two or more")
@@ -71,16 +71,14 @@ class Reader:
             head = self.tokenizer(head)["input_ids"]
             body = self.tokenizer(f" {row['response'].strip() or '.'}",
                                   add_special_tokens=False)["input_ids"][:OPENING]
-            encoded.append((head[-(room - len(body)):], body))
-        order = sorted(range(len(encoded)), key=lambda i: -sum(map(len, encoded[i])))
-        out, start = [None] * len(encoded), 0
-        while start < len(order):
-            longest = sum(map(len, encoded[order[start]]))
-            batch = order[start:start + max(1, self.batch_tokens // longest)]
-            for i, vector in zip(batch, self._read([encoded[i] for i in batch]), strict=True):
-                out[i] = vector
-            start += len(batch)
-        return np.stack(out).astype(float)
+            encoded.append((tuple(head[-(room - len(body)):]), tuple(body)))
+        # What was read before is kept: the labelled rows train more than one classifier.
+        todo = sorted(set(encoded) - set(self._kept), key=lambda e: -sum(map(len, e)))
+        while todo:
+            n = max(1, self.batch_tokens // sum(map(len, todo[0])))
+            batch, todo = todo[:n], todo[n:]
+            self._kept |= dict(zip(batch, self._read(batch), strict=True))
+        return np.stack([self._kept[e] for e in encoded]).astype(float)
 
     def _read(self, batch):
         # Padded on the right: behind what a causal model reads, so that no token sees it.
@@ -164,9 +162,9 @@ def key(reader):
 
 
 def held_out(reader, rows) -> list[dict]:
-    """`leave_one_model_out` with the hidden states of `reader` (a model spec): {"id", "model",
-    "said"} of each row of `published.load_completions`."""
-    said = leave_one_model_out(Reader(reader).features(rows), rows)
+    """`leave_one_model_out` with the features of a Reader: {"id", "model", "said"} of each row of
+    `published.load_completions`."""
+    said = leave_one_model_out(reader.features(rows), rows)
     return [{"id": r["id"], "model": r["model"], "said": x}
             for r, x in zip(rows, said, strict=True)]
 
@@ -174,14 +172,13 @@ def held_out(reader, rows) -> list[dict]:
 def label(rows, train=(), reader=None) -> list[str]:
     """A label of LABELS for each row (`prompt`, `response`).
 
-    By a classifier on the hidden states of `reader` (a model spec), trained on the labelled rows
-    `train`; without one of the two by the written rule, which is said where a reader was wanted.
+    By a classifier on the features of `reader` (a Reader), trained on the labelled rows `train`;
+    without one of the two by the written rule, which is said where a reader was wanted.
     """
     if reader is None or not train:
         if reader is not None:
             print("no labelled completions to train the reader on: refusals are read by the "
                   "written rule of cai_utils.evasiveness")
         return evasiveness.labels(rows)
-    lm = Reader(reader)
-    fitted = fit(lm.features(train), [row["human"] for row in train])
-    return predict(fitted, lm.features(rows))
+    fitted = fit(reader.features(train), [row["human"] for row in train])
+    return predict(fitted, reader.features(rows))

