@@ -10,6 +10,9 @@ It is trained when it is needed, from the completions that `published.load_compl
 **judged on models that it was not trained on** alone (`leave_one_model_out`): responses of one
 model resemble each other, and a reader that has seen a model's phrases is not tested by them.
 
+It knows refusals as those models word them. On the paper's samples it takes the short evasions of
+HH RLHF for partial refusals or for compliance, so that notebook 12 reads those by the rule.
+
 DEPTH, OPENING and PENALTY were chosen by training on Mistral-Instruct and looking at Llama2; LOG.md
 has the numbers and how often each model was looked at.
 """
