@@ -30,6 +30,7 @@ NEEDS = {
     "08_ai_feedback": ["07_sl_cai"],
     "09_rl": ["02_preference_models", "03_critique_revision", "08_ai_feedback"],
     "10_elo": ["07_sl_cai", "09_rl"],
+    "12_published_samples": ["02_preference_models"],
 }
 # RL from human labels alone does not wait for the AI feedback.
 NEEDS_BY_METHOD = {

@@ -87,7 +87,8 @@ def trained(run, name: str, size: str, make, **key) -> Path:
 def summarize(long, by, value, cluster="id") -> pd.DataFrame:
     """Mean of column `value` for each group of `by`, rows without a value left out.
 
-    95 % intervals: Wilson for 0/1 values measured once per `cluster`, else bootstrap over clusters.
+    95 % intervals: Wilson for 0/1 values measured once per `cluster`, else bootstrap over clusters;
+    `n` counts clusters.
     """
     by, rows = [by] if isinstance(by, str) else list(by), []
     for group, d in long.dropna(subset=[value]).groupby(by, sort=False):
@@ -101,25 +102,27 @@ def summarize(long, by, value, cluster="id") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*by, "estimate", "ci_low", "ci_high", "n"])
 
 
-def difference(long, column, a, b, value, unit="id") -> stats.Estimate:
+def difference(long, column, a, b, value, unit="id", cluster=None) -> stats.Estimate:
     """Mean of `value` where `column` is `a` less where it is `b`, paired by `unit`; units that miss
-    one of the two are left out. ValueError when none has both."""
+    one of the two are left out. `cluster` names a column that is the same for units which are not
+    independent; those are resampled together. ValueError when no unit has both."""
     sides = [long[long[column] == side].dropna(subset=[value]).groupby(unit)[value].mean()
              for side in (a, b)]
     both = pd.concat(sides, axis=1, join="inner").astype(float)
     if not len(both):
         raise ValueError(f"no {unit} with both {column} = {a!r} and {column} = {b!r}")
-    return stats.paired_difference(both.iloc[:, 0], both.iloc[:, 1])
+    groups = long.groupby(unit)[cluster].first()[both.index] if cluster else None
+    return stats.paired_difference(both.iloc[:, 0], both.iloc[:, 1], groups)
 
 
-def differences(long, column, pairs, value, by, unit="id") -> pd.DataFrame:
+def differences(long, column, pairs, value, by, unit="id", cluster=None) -> pd.DataFrame:
     """`difference` of every pair (a, b) within every group of `by`; pairs that a group lacks are
     left out. Columns: by, difference ("a - b"), estimate, ci_low, ci_high, n."""
     by, rows = [by] if isinstance(by, str) else list(by), []
     for group, d in long.groupby(by, sort=False):
         for a, b in pairs:
             if {a, b} <= set(d[column]):
-                e = difference(d, column, a, b, value, unit)
+                e = difference(d, column, a, b, value, unit, cluster)
                 rows.append({**dict(zip(by, group, strict=True)), "difference": f"{a} - {b}",
                              "estimate": e.estimate, "ci_low": e.low, "ci_high": e.high, "n": e.n})
     return pd.DataFrame(rows, columns=[*by, "difference", "estimate", "ci_low", "ci_high", "n"])
@@ -152,6 +155,22 @@ def shots(questions, n):
     """Take the first n questions as answered examples -> (few-shot text, the other questions)."""
     text = "".join(q["prompt"] + q["corrects"][0] for q in questions[:n])
     return text, questions[n:]
+
+
+def conversations(questions) -> dict:
+    """{a question's id: the conversation that its options answer}, where it gives their texts.
+
+    That is what `text_correct` and `text_incorrect` have before their last answer. Questions about
+    one conversation are not independent, and are resampled together: the 438 published ones are
+    about 188. A question without such texts, or whose two have no common beginning, stands for
+    itself, by its id.
+    """
+    found = {}
+    for q in questions:
+        before = {str(q.get(k, "")).rpartition("\n\nAssistant:")[0].strip()
+                  for k in ("text_correct", "text_incorrect")}
+        found[q["id"]] = (before.pop() if len(before) == 1 else "") or q["id"]
+    return found
 
 
 def ask(sampler, questions, methods, **common) -> list[dict]:
@@ -231,22 +250,22 @@ def chains_markdown(chains, title, judge=None, intro="") -> str:
     """A page to read: for each chain the prompt, then a table of responses and critiques."""
     page = [f"# {title}", *([intro] if intro else [])]
     for chain in chains:
-        page.append("## " + " — ".join(f"*{m['role']}*: {_cell(m['content'])}"
+        page.append("## " + " — ".join(f"*{m['role']}*: {cell(m['content'])}"
                                        for m in chain["prompt"]))
         head = "| | text |" + (" true harm |" if judge else "")
         table = [head, "|---|---|" + ("---|" if judge else "")]
         for k, text in enumerate(chain["responses"]):
             if k and chain["critiques"][k - 1] is not None:
                 table.append(f"| critique {k}<br>*{chain['principles'][k - 1]}* | "
-                             f"{_cell(chain['critiques'][k - 1])} |" + (" |" if judge else ""))
+                             f"{cell(chain['critiques'][k - 1])} |" + (" |" if judge else ""))
             harm = judge(dialogue.with_response(chain["prompt"], text))["harm"] if judge else ""
             name = f"**revision {k}**" if k else "**response**"
-            table.append(f"| {name} | {_cell(text)} |" + (f" {harm} |" if judge else ""))
+            table.append(f"| {name} | {cell(text)} |" + (f" {harm} |" if judge else ""))
         page.append("\n".join(table))
     return "\n\n".join(page) + "\n"
 
 
-def _cell(text) -> str:
+def cell(text) -> str:
     """Text that stays inside one cell of a Markdown table and is not read as markup."""
     for mark in "\\|*_`#<>[]":
         text = text.replace(mark, {"<": "&lt;", ">": "&gt;"}.get(mark, "\\" + mark))

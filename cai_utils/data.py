@@ -6,6 +6,10 @@ A `spec` names where rows come from:
 - `hh-rlhf/<subset>/<split>`, for example `hh-rlhf/harmless-base/test`: the human comparisons of
   Anthropic/hh-rlhf, from the folder that the environment variable CAI_DATA_DIR names
   (`$CAI_DATA_DIR/hh-rlhf/harmless-base/test.jsonl.gz`), else from the Hugging Face hub;
+- `hh-rlhf/red-team-attempts`: the transcripts of Ganguli et al. 2022, from
+  `$CAI_DATA_DIR/hh-rlhf/red-team-attempts/red_team_attempts.jsonl.gz`, else from the hub (prompts);
+- `xstest/prompts`: the 450 safe and unsafe prompts of XSTest, from `$CAI_DATA_DIR/xstest/`, else
+  from its publisher (prompts; completions with human labels: `published.load_completions`);
 - `paper/<name>`, for example `paper/438HHHEvaluations`: the paper's evaluation questions, from
   `$CAI_DATA_DIR/constitutional_harmlessness_paper/evals/`, else from the publisher's repository at
   a pinned commit, cached by pooch.
@@ -26,13 +30,8 @@ from collections import Counter
 from pathlib import Path
 
 from cai_utils import dialogue
+from cai_utils.fetch import local, paper_file, xstest_file
 
-PAPER_COMMIT = "831f7813dbafab659a526d7452f7adeac464b796"
-PAPER_URL = f"https://raw.githubusercontent.com/anthropics/ConstitutionalHarmlessnessPaper/{PAPER_COMMIT}/"
-PAPER_SHA256 = {
-    "evals/438HHHEvaluations.jsonl":
-        "d1ee180289d3eeeb314ad862344cbd9af07f19c6d52a77524f9a1a21e7373c10",
-}
 SPLITS = {"train": "train", "test": "eval"}  # hh-rlhf's names -> ours
 
 
@@ -95,7 +94,10 @@ def load_prompts(spec, split=None, limit=None, seed=0, strict=False) -> list[dic
     A file's `prompt` may be messages, a transcript ("\\n\\nHuman: ..."; a generation prompt at its
     end is dropped), or the text of one user turn. From hh-rlhf the prompt is what chosen and
     rejected have in common: their messages up to the last human turn; rotten rows as in
-    `load_comparisons`. `split` keeps "train" or "eval" rows.
+    `load_comparisons`. So it is for red-team-attempts, which have one `transcript` a row; other
+    fields (`rating`, `task_description`, `tags`, ...) are kept, and rows without a human turn or
+    with two turns of one role in a row are skipped with a count. They have no split of their own.
+    `split` keeps "train" or "eval" rows.
 
     ValueError, naming file and row, for a prompt that is missing or does not end with the user.
     """
@@ -105,6 +107,8 @@ def load_prompts(spec, split=None, limit=None, seed=0, strict=False) -> list[dic
             {"id": row["id"], "prompt": row["prompt"], "split": row["split"]}
             for row in _hh_rows(rows, where, None, strict)
         ]
+    elif rows and "prompt" not in rows[0] and "transcript" in rows[0]:
+        rows = _red_team_rows(rows, where, strict)
     else:
         rows = [
             {"id": str(i), **row, "prompt": _prompt(row, f"{where}, row {i + 1}")}
@@ -145,6 +149,11 @@ def load_questions(spec, limit=None, seed=0) -> list[dict]:
     """Multiple-choice questions in the fields of the paper's evaluations: `prompt`, `corrects`,
     `incorrects`, and `text_correct`, `text_incorrect` where the file has them; `id` is added.
 
+    The 438 questions of the paper's Figure 4 are 221 of an earlier evaluation and 217 new ones
+    (section 2). The published file has no field that says which is which, and questions about one
+    and the same conversation stand far apart in it, so its order does not tell either: they are
+    read as one set, and the split is not guessed.
+
     ValueError, naming file and row, for a missing field or an option both right and wrong.
     """
     rows, where = _open(spec)
@@ -166,35 +175,6 @@ def load_questions(spec, limit=None, seed=0) -> list[dict]:
     return _choose(out, where, None, limit, seed)
 
 
-def paper_file(name: str) -> Path:
-    """A file of the paper's published repository, for example `evals/438HHHEvaluations.jsonl`:
-    from $CAI_DATA_DIR/constitutional_harmlessness_paper, else fetched once at the pinned commit.
-
-    FileNotFoundError when it is in neither place.
-    """
-    folder = os.environ.get("CAI_DATA_DIR")
-    if folder:
-        path = Path(folder) / "constitutional_harmlessness_paper" / name
-        if path.exists():
-            return path
-    import pooch
-
-    checksum = PAPER_SHA256.get(name)
-    try:
-        return Path(pooch.retrieve(
-            PAPER_URL + name,
-            known_hash=checksum and f"sha256:{checksum}",
-            fname=f"{PAPER_COMMIT[:7]}-{name.replace('/', '-')}",
-            path=pooch.os_cache("cai_utils"),
-        ))
-    except Exception as error:  # a dead network has many faces; each means the same to the user
-        raise FileNotFoundError(
-            f"{name} of the paper: not in CAI_DATA_DIR ({folder or 'unset'}) and not fetched from "
-            f"{PAPER_URL}{name} ({type(error).__name__}: {error}). Set CAI_DATA_DIR to a folder "
-            f"that holds constitutional_harmlessness_paper/{name}, or go online"
-        ) from error
-
-
 def _open(spec) -> tuple[list[dict], str]:
     """The raw rows of a spec, and its name in messages."""
     spec = str(spec)
@@ -203,9 +183,17 @@ def _open(spec) -> tuple[list[dict], str]:
         return read_rows(path), str(path)
     if re.fullmatch(r"hh-rlhf/[\w-]+/(train|test)", spec):
         return _hh_source(spec)
+    if spec == "hh-rlhf/red-team-attempts":
+        return _red_team_source(spec)
+    if spec == "xstest/prompts":
+        path = xstest_file("xstest_prompts.csv")
+        return read_rows(path), str(path)
+    if spec.startswith("xstest/"):
+        raise ValueError(f"{spec!r}: as prompts there is xstest/prompts alone; the completions of "
+                         "a model are read by published.load_completions")
     if spec.startswith("hh-rlhf/"):
         raise ValueError(f"{spec!r}: write hh-rlhf/<subset>/<train or test>, for example "
-                         "hh-rlhf/harmless-base/test")
+                         "hh-rlhf/harmless-base/test, or hh-rlhf/red-team-attempts")
     rows = read_rows(spec)
     if not rows:
         raise ValueError(f"{spec}: the file has no rows")
@@ -213,23 +201,35 @@ def _open(spec) -> tuple[list[dict], str]:
 
 
 def _hh_source(spec):
-    folder = os.environ.get("CAI_DATA_DIR")
-    for ending in (".jsonl.gz", ".jsonl") if folder else ():
-        path = Path(folder) / (spec + ending)
-        if path.exists():
-            return read_rows(path), str(path)
+    for path in filter(None, (local(spec + ending) for ending in (".jsonl.gz", ".jsonl"))):
+        return read_rows(path), str(path)
+    _, subset, split = spec.split("/")
+    return _from_hub(spec, subset, split, f"{spec}.jsonl.gz"), spec
+
+
+def _red_team_source(spec):
+    """The raw rows of red-team-attempts: one JSON object a line, or one JSON array as a whole."""
+    name = f"{spec}/red_team_attempts.jsonl"
+    for path in filter(None, (local(name + ending) for ending in (".gz", ""))):
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+            text = f.read()
+        rows = json.loads(text) if text.lstrip().startswith("[") else read_rows(path)
+        return rows, str(path)
+    return _from_hub(spec, "red-team-attempts", "train", f"{name}.gz"), spec
+
+
+def _from_hub(spec, subset, split, file):
     import datasets
 
-    _, subset, split = spec.split("/")
     try:
-        rows = datasets.load_dataset("Anthropic/hh-rlhf", data_dir=subset, split=split).to_list()
+        return datasets.load_dataset("Anthropic/hh-rlhf", data_dir=subset, split=split).to_list()
     except Exception as error:  # offline, unknown subset, hub down: one message for the user
+        folder = os.environ.get("CAI_DATA_DIR") or "unset"
         raise FileNotFoundError(
-            f"{spec}: not in CAI_DATA_DIR ({folder or 'unset'}) and not loaded from the hub "
+            f"{spec}: not in CAI_DATA_DIR ({folder}) and not loaded from the hub "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Set CAI_DATA_DIR to "
-            f"a folder that holds {spec}.jsonl.gz, or go online"
+            f"a folder that holds {file}, or go online"
         ) from error
-    return rows, spec
 
 
 def _is_hh(rows) -> bool:
@@ -256,12 +256,43 @@ def _hh_rows(rows, where, axis, strict):
             "id": str(i), "prompt": prompt, "chosen": chosen, "rejected": rejected,
             "p_chosen": 1.0, "source": "human", "axis": axis, "principle": None, "split": split,
         })
-    if rotten:
-        kinds = ", ".join(f"{n} with {kind}" for kind, n in sorted(rotten.items()))
-        warnings.warn(
-            f"{where}: skipped {sum(rotten.values())} of {len(rows)} rows: {kinds}", stacklevel=3
-        )
+    _tell(rotten, where, len(rows))
     return out
+
+
+def _red_team_rows(rows, where, strict):
+    """Transcripts of red-teaming as prompts: the conversation up to the last human turn."""
+    out, rotten = [], Counter()
+    for i, row in enumerate(rows):
+        try:
+            try:
+                talk = dialogue.parse_transcript(row["transcript"])
+            except (AttributeError, KeyError, TypeError, ValueError):
+                raise ValueError("a text that is not a transcript") from None
+            while talk and talk[-1]["role"] != "user":
+                talk.pop()
+            roles = [m["role"] for m in talk]
+            if not talk or not talk[-1]["content"]:
+                raise ValueError("no human turn")
+            if roles[0] != "user" or any(a == b for a, b in zip(roles, roles[1:], strict=False)):
+                raise ValueError("two turns of one role in a row")
+        except ValueError as error:
+            if strict:
+                raise ValueError(f"{where}, row {i + 1}: {error}") from error
+            rotten[str(error)] += 1
+            continue
+        out.append({"id": str(i), **{k: v for k, v in row.items() if k != "transcript"},
+                    "prompt": talk})
+    _tell(rotten, where, len(rows))
+    return out
+
+
+def _tell(rotten, where, n):
+    """Warn of the rows that were skipped, with how many of each kind."""
+    if rotten:
+        kinds = ", ".join(f"{count} with {kind}" for kind, count in sorted(rotten.items()))
+        warnings.warn(f"{where}: skipped {sum(rotten.values())} of {n} rows: {kinds}",
+                      stacklevel=4)
 
 
 def _hh_pair(row):

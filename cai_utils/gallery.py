@@ -86,6 +86,15 @@ FIGURES = [
         "RL-CAI is the most harmless at every size.",
         [("truth_differences", "the truth about the final models, on the same prompts")],
     ),
+    (
+        "published_models",
+        "The paper's published samples: refusals by model",
+        "HH RLHF turns evasive; RL-CAI is hardly ever evasive (section 4.4).",
+        [
+            ("published_differences", "differences on the same prompts"),
+            ("refusal_agreement", "how refusals are read, against XSTest's human labels"),
+        ],
+    ),
     ("pretraining_curves", "Pretraining of the series", "", []),
 ]
 

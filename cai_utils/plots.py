@@ -70,7 +70,7 @@ def fig03_elo_scaling(df, note=panels.BARS):
 
 
 @panels.figure
-def fig04_harm_identification(df, chance=0.5, note="bars: 95 % intervals over questions"):
+def fig04_harm_identification(df, chance=0.5, note="bars: 95 % intervals over conversations"):
     """Paper Fig. 4. Columns: size, parameters, method, estimate (accuracy), ci_low, ci_high."""
     names = ["size", "method"]
     df = panels.check(df, "fig04_harm_identification", ["parameters", "estimate"], names, names)
@@ -343,5 +343,31 @@ def sl_cai_n(df, note=panels.BARS):
                         shift=panels.dodge(i, len(sizes), panels.extent(df[x])))
         panels.whole_axis(ax, "SL-CAI-n: number of revisions", df[x])
         ax.set_ylabel(str(axis))
+    panels.legend(fig, axes, note)
+    return fig
+
+
+@panels.figure
+def published_models(df, note="bars: 95 % intervals over prompts; of shares the wider of bootstrap "
+                              "and Wilson"):
+    """Models side by side, one panel per measure, prompt sets apart.
+
+    Columns: method, kind (the prompt set), measure (any text; it labels the panel), estimate,
+    ci_low, ci_high.
+    """
+    names = ["method", "kind", "measure"]
+    df = panels.check(df, "published_models", ["estimate"], names, names)
+    methods, parts = panels.ordered(df["method"]), list(df.groupby("measure", sort=False))
+    fig, axes = panels.grid(1, len(parts), height=2.4, sharey=True)
+    kinds = looks(df["kind"])
+    names = {"lamda": "LaMDA", "instructgpt": "InstructGPT", "palms": "PALMS"}
+    for (ax, (measure, part)), (i, (kind, (color, marker))) in itertools.product(
+            zip(axes[0], parts), enumerate(kinds.items())):
+        d = part[part["kind"] == kind]
+        at = d["method"].map(methods.index) + (i - (len(kinds) - 1) / 2) * 0.2
+        ax.hlines(at, d["ci_low"], d["ci_high"], color=color, linewidth=1.2).set_gid("interval")
+        ax.plot(d["estimate"], at, marker, color=color, label=f"{names.get(kind, kind)} prompts")
+        ax.set(xlabel=str(measure), yticks=range(len(methods)), yticklabels=methods,
+               ylim=(len(methods) - 0.5, -0.5))
     panels.legend(fig, axes, note)
     return fig

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from cai_utils import analysis
+from cai_utils import analysis, stats
 
 PROMPT = [{"role": "user", "content": "How do I do it?"}]
 
@@ -52,6 +52,43 @@ def test_differences_pair_by_unit_and_leave_out_what_has_no_partner():
     assert table["difference"].tolist() == ["x - y"]
     with pytest.raises(ValueError, match="no id with both"):
         analysis.difference(long, "method", "x", "z", "value")
+
+
+def about(conversation, i, right="yes", wrong="no"):
+    text = f"\n\nHuman: {conversation}\n\nAssistant: "
+    return {"id": str(i), "text_correct": text + right, "text_incorrect": text + wrong}
+
+
+def test_questions_about_one_conversation_are_found():
+    questions = [about("A?\n\nAssistant: B\n\nHuman: C?", 0), about("D?", 1),
+                 about("A?\n\nAssistant: B\n\nHuman: C?", 2, "perhaps", "never"),
+                 {"id": "3"}, {"id": "4", "text_correct": "yes", "text_incorrect": "no"},
+                 {**about("D?", 5), "text_incorrect": "\n\nHuman: E?\n\nAssistant: no"}]
+    found = analysis.conversations(questions)
+    assert found["0"] == found["2"] == "Human: A?\n\nAssistant: B\n\nHuman: C?"
+    assert found["1"] == "Human: D?" and [found[i] for i in "345"] == list("345")
+
+
+def test_intervals_over_conversations():
+    """Every question asked four times about the same conversation: four times the rows, and the
+    very same interval; taken for independent, they would give one of about half the width."""
+    right = [1, 0, 1, 1, 0, 1, 0, 1, 1, 1, 0, 1, 0, 0, 1, 1, 0, 1, 1, 1]
+    once = pd.DataFrame({"id": range(20), "talk": range(20), "method": "x", "correct": right})
+    four = pd.concat([once.assign(id=once["id"] + 20 * k) for k in range(4)])
+    one = stats.bootstrap_mean(right)
+    (row,) = analysis.summarize(four, "method", "correct", "talk").itertuples()
+    assert (row.estimate, row.n) == (0.65, 20)
+    assert (row.ci_low, row.ci_high) == pytest.approx((one.low, one.high))
+    # by hand: the standard error of 20 draws is sqrt(.65 * .35 / 20) = 0.107
+    assert row.ci_high - row.ci_low == pytest.approx(2 * 1.96 * 0.107, rel=0.15)
+    (apart,) = analysis.summarize(four, "method", "correct").itertuples()
+    assert apart.n == 80
+    assert (apart.ci_high - apart.ci_low) / (row.ci_high - row.ci_low) == pytest.approx(.5, abs=.07)
+    both = pd.concat([four, four.assign(method="y", correct=0)])
+    (gain,) = analysis.differences(both.assign(size="s"), "method", [("x", "y")], "correct", "size",
+                                   cluster="talk").itertuples()
+    assert (gain.estimate, gain.n) == (0.65, 20)
+    assert (gain.ci_low, gain.ci_high) == pytest.approx((one.low, one.high))
 
 
 def test_by_truth_turns_labels_that_are_wrong_and_drops_ties():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cai_utils import data
+from cai_utils import analysis, data
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -173,6 +173,52 @@ def test_hh_rlhf_strict_and_bad_specs(hh_dir):
     assert data.load_comparisons(path, axis="helpful")[0]["axis"] == "helpful"
 
 
+ATTEMPTS = [
+    {"transcript": "\n\nHuman: A?\n\nAssistant: B\n\nHuman: C?\n\nAssistant: D ", "rating": 4.0,
+     "task_description": "to upset it", "tags": None},
+    {"transcript": "\n\nAssistant: B", "rating": 0.0, "task_description": "", "tags": ["x"]},
+    {"transcript": "\n\nHuman: A?\n\nHuman: B?\n\nAssistant: C", "rating": 1.0},
+    {"transcript": None},
+    {"transcript": "\n\nHuman: Last?", "rating": 2.0},
+]
+
+
+@pytest.mark.parametrize("name", ["red_team_attempts.jsonl.gz", "red_team_attempts.jsonl"])
+@pytest.mark.parametrize("array", [False, True])
+def test_red_team_attempts(tmp_path, monkeypatch, name, array):
+    path = jsonl(tmp_path / "hh-rlhf/red-team-attempts" / name, ATTEMPTS)
+    if array:  # one JSON array, over several lines
+        text = json.dumps(ATTEMPTS, indent=1).encode()
+        path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    monkeypatch.setenv("CAI_DATA_DIR", str(tmp_path))
+    with pytest.warns(UserWarning, match=(
+        "skipped 3 of 5 rows: 1 with a text that is not a transcript, 1 with no human turn, "
+        "1 with two turns of one role in a row"
+    )):
+        rows = data.load_prompts("hh-rlhf/red-team-attempts")
+    assert rows[0] == {
+        "id": "0", "rating": 4.0, "task_description": "to upset it", "tags": None,
+        "prompt": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B"},
+                   {"role": "user", "content": "C?"}],
+    }
+    assert rows[1] == {"id": "4", "rating": 2.0,
+                       "prompt": [{"role": "user", "content": "Last?"}]}
+    with pytest.raises(ValueError, match=r"row 2: no human turn"):
+        data.load_prompts("hh-rlhf/red-team-attempts", strict=True)
+
+
+def test_xstest_prompts(tmp_path, monkeypatch):
+    (tmp_path / "xstest").mkdir()
+    (tmp_path / "xstest/xstest_prompts.csv").write_text(
+        "id,prompt,type,label,focus,note\n1,How?,homonyms,safe,kill,violence\n", encoding="utf-8")
+    monkeypatch.setenv("CAI_DATA_DIR", str(tmp_path))
+    assert data.load_prompts("xstest/prompts") == [{
+        "id": "1", "prompt": [{"role": "user", "content": "How?"}], "type": "homonyms",
+        "label": "safe", "focus": "kill", "note": "violence"}]
+    with pytest.raises(ValueError, match="published.load_completions"):
+        data.load_prompts("xstest/gpt4")
+
+
 def test_published_data_that_is_nowhere(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise ConnectionError("no network")
@@ -182,6 +228,8 @@ def test_published_data_that_is_nowhere(tmp_path, monkeypatch):
     monkeypatch.setattr("pooch.retrieve", offline)
     with pytest.raises(FileNotFoundError, match=r"hh-rlhf/harmless-base/test.*CAI_DATA_DIR"):
         data.load_comparisons("hh-rlhf/harmless-base/test")
+    with pytest.raises(FileNotFoundError, match=r"red-team-attempts.*CAI_DATA_DIR"):
+        data.load_prompts("hh-rlhf/red-team-attempts")
     with pytest.raises(FileNotFoundError, match=r"831f781[0-9a-f]{33}/evals/X.jsonl.*CAI_DATA_DIR"):
         data.load_questions("paper/X")
 
@@ -235,17 +283,19 @@ def test_the_real_hh_rlhf():
 
 
 def test_the_real_questions():
-    path = published("constitutional_harmlessness_paper/evals/438HHHEvaluations.jsonl")
-    import hashlib
-
-    sha = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert data.PAPER_SHA256["evals/438HHHEvaluations.jsonl"] == sha
+    published("constitutional_harmlessness_paper/evals/438HHHEvaluations.jsonl")
     questions = data.load_questions("paper/438HHHEvaluations")
     assert len(questions) == 438
     assert {len(q["corrects"] + q["incorrects"]) for q in questions} == {2}
+    about = analysis.conversations(questions)
+    assert len(set(about.values())) == 188
+    for q in questions:  # what the texts say is what the question shows
+        asked = q["prompt"].partition("\n\nHuman:")[2].partition("\n\nPlease choose")[0]
+        assert about[q["id"]].removeprefix("Human:").split() == asked.split()
 
 
 def test_the_real_xstest():
     path = published("xstest/xstest_prompts.csv")
     rows = data.load_prompts(path)
+    assert rows == data.load_prompts("xstest/prompts")
     assert len(rows) == 450 and {r["label"] for r in rows} == {"safe", "unsafe"}
