@@ -270,7 +270,7 @@ def pretrain(
         f"pretrain {size}: {count:,} tokens, {steps} steps, data in {time.time() - began:.0f} s",
         flush=True,
     )
-    began_training = time.time()
+    began_training, window = time.time(), max(1, steps // 25)
     for step, blocks in enumerate(data[first:], first):
         batch = _inputs(blocks)
         seen += int((blocks[1] > 0).sum())
@@ -286,12 +286,14 @@ def pretrain(
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         loss_sum, since = loss_sum + loss.item(), since + 1
-        if (step + 1) % max(1, steps // 25) == 0 or step + 1 == steps:
+        # The last point stands for half a window at least: a few steps alone say little.
+        left = steps - step - 1
+        if ((step + 1) % window == 0 and left >= window // 2) or left == 0:
             held = _held_loss(model, heldout)
             row = {"size": size, "tokens": seen, "train": loss_sum / since, "heldout": held}
             curve.append(row)
             loss_sum, since = 0.0, 0
-            left = (time.time() - began_training) / (step + 1 - first) * (steps - step - 1)
+            left *= (time.time() - began_training) / (step + 1 - first)
             print(
                 f"pretrain {size}: step {step + 1}/{steps} train {row['train']:.4f} "
                 f"heldout {held:.4f} "
