@@ -5,7 +5,7 @@ MINUTES := env:3 figures:25 test:10
 
 PYTHON  ?= python3.11
 PROFILE ?= miniature
-# Notebooks that run at the same time, and threads of each.
+# Notebooks (in tests: files) that run at the same time, and threads of each.
 JOBS    ?= 2
 THREADS ?= 1
 
@@ -72,7 +72,7 @@ figures: $(VENV)/.installed  ## Run the notebooks, redraw the figures
 
 test: $(VENV)/.installed $(SMOLLM2_STAMP)  ## Run the tests
 	@echo "== Tests (about $(call minutes,test) min)"
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 bench: $(VENV)/.installed $(SMOLLM2_STAMP)  ## Measure ours against its peers
 	@echo "== Benchmarks: $(or $(BENCH),all of them); best on a machine that does nothing else"
