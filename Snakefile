@@ -90,6 +90,8 @@ def inputs(notebook):
 def upstream(notebook, point):
     """Executed notebooks that come first. One that the profile leaves out passes on its own."""
     waiting, first = list(NEEDS_BY_METHOD.get(point.get("method"), NEEDS[notebook])), []
+    if read_params(FILES[notebook]).get("pms"):  # PMs that score its samples
+        waiting.append("02_preference_models")
     while waiting:
         other = waiting.pop()
         if other in FILES:

@@ -122,13 +122,16 @@ def prepare(spec, folder, quick):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     prompts = []
+    frame = [{"role": "user", "content": ""}]  # a chat template comes on top of the 16 tokens
+    frame = len(tokenizer(dialogue.render(frame, tokenizer))["input_ids"])
+    enough = 16 if frame < 16 else frame + 16
     for i in range(32 if quick else 512):
         subject = sampling.SUBJECTS[i % len(sampling.SUBJECTS)]
         words = f"Number {i}: tell me about {subject}, please, ".split() * 4
         for end in range(1, len(words)):  # as near to 16 tokens as words and template allow
             talk = [{"role": "user", "content": " ".join(words[:end])}]
             ids = tokenizer(dialogue.render(talk, tokenizer))["input_ids"]
-            if len(ids) >= 16:
+            if len(ids) >= enough:
                 break
         prompts.append({"messages": talk, "ids": ids})
     (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")

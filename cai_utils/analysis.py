@@ -48,7 +48,9 @@ def for_size(value, size):
 
 def source(run, spec, made_by="00_miniature"):
     """A data spec of params: `data/...` is a file that notebook `made_by` makes in the run folder,
-    anything else is what `cai_utils.data` reads."""
+    anything else is what `cai_utils.data` reads. {split: spec} is taken apart."""
+    if isinstance(spec, dict):
+        return {split: source(run, own, made_by) for split, own in spec.items()}
     return run.need(spec, made_by) if str(spec).startswith("data/") else spec
 
 

@@ -8,13 +8,16 @@ A `spec` names where rows come from:
   (`$CAI_DATA_DIR/hh-rlhf/harmless-base/test.jsonl.gz`), else from the Hugging Face hub;
 - `hh-rlhf/red-team-attempts`: the transcripts of Ganguli et al. 2022, from
   `$CAI_DATA_DIR/hh-rlhf/red-team-attempts/red_team_attempts.jsonl.gz`, else from the hub (prompts);
-- `xstest/prompts`: the 450 safe and unsafe prompts of XSTest, from `$CAI_DATA_DIR/xstest/`, else
-  from its publisher (prompts; completions with human labels: `published.load_completions`);
+- `xstest/prompts`: the 450 prompts of XSTest, from `$CAI_DATA_DIR/xstest/`, else from its
+  publisher, or `xstest/safe` (250 legitimate ones, kind "sensitive") and `xstest/unsafe` (200, kind
+  "redteam") alone (completions with human labels: `published.load_completions`);
 - `paper/<name>`, for example `paper/438HHHEvaluations`: the paper's evaluation questions, from
   `$CAI_DATA_DIR/constitutional_harmlessness_paper/evals/`, else from the publisher's repository at
   a pinned commit, cached by pooch.
 
-`limit` keeps that many rows, drawn at random from the seed and left in file order.
+A slice behind it, as in `hh-rlhf/harmless-base/test[:1000]`, keeps those of the usable rows, in
+file order, and they belong to whatever split is asked for. {"train": spec, "eval": spec} names one
+for each split. `limit` keeps that many rows, drawn at random from the seed, in file order.
 """
 
 from __future__ import annotations
@@ -101,6 +104,7 @@ def load_prompts(spec, split=None, limit=None, seed=0, strict=False) -> list[dic
 
     ValueError, naming file and row, for a prompt that is missing or does not end with the user.
     """
+    spec, part = _parted(spec, split)
     rows, where = _open(spec)
     if _is_hh(rows):
         rows = [
@@ -116,7 +120,7 @@ def load_prompts(spec, split=None, limit=None, seed=0, strict=False) -> list[dic
         ]
         for row in rows:
             row["id"] = str(row["id"])
-    return _choose(rows, where, split, limit, seed)
+    return _choose(rows, where, split, limit, seed, part)
 
 
 def load_comparisons(spec, split=None, limit=None, seed=0, axis=None, strict=False) -> list[dict]:
@@ -132,6 +136,7 @@ def load_comparisons(spec, split=None, limit=None, seed=0, axis=None, strict=Fal
     Rows of other files need `prompt`, `chosen`, `rejected`; p_chosen defaults to 1, source to
     "human". ValueError, naming file and row, for what is missing or out of range.
     """
+    spec, part = _parted(spec, split)
     rows, where = _open(spec)
     if _is_hh(rows):
         if axis is None:
@@ -142,7 +147,7 @@ def load_comparisons(spec, split=None, limit=None, seed=0, axis=None, strict=Fal
         rows = _hh_rows(rows, where, axis, strict)
     else:
         rows = [_comparison(row, f"{where}, row {i + 1}", axis) for i, row in enumerate(rows)]
-    return _choose(rows, where, split, limit, seed)
+    return _choose(rows, where, split, limit, seed, part)
 
 
 def load_questions(spec, limit=None, seed=0) -> list[dict]:
@@ -156,6 +161,7 @@ def load_questions(spec, limit=None, seed=0) -> list[dict]:
 
     ValueError, naming file and row, for a missing field or an option both right and wrong.
     """
+    spec, part = _parted(spec, None)
     rows, where = _open(spec)
     out = []
     for i, row in enumerate(rows):
@@ -172,12 +178,23 @@ def load_questions(spec, limit=None, seed=0) -> list[dict]:
         if set(row["corrects"]) & set(row["incorrects"]):
             raise ValueError(f"{at}: an option is in both corrects and incorrects")
         out.append({"id": str(i), **row})
-    return _choose(out, where, None, limit, seed)
+    return _choose(out, where, None, limit, seed, part)
+
+
+def _parted(spec, split) -> tuple[str, slice | None]:
+    """The spec of a split, without its slice, and the slice."""
+    if isinstance(spec, dict):
+        if split not in spec:
+            raise ValueError(f"{spec}: no spec for split {split!r}")
+        spec = spec[split]
+    found = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", str(spec))
+    if not found:
+        return str(spec), None
+    return found[1], slice(*(int(end) if end else None for end in found.groups()[1:]))
 
 
 def _open(spec) -> tuple[list[dict], str]:
     """The raw rows of a spec, and its name in messages."""
-    spec = str(spec)
     if spec.startswith("paper/"):
         path = paper_file(f"evals/{spec.removeprefix('paper/')}.jsonl")
         return read_rows(path), str(path)
@@ -185,12 +202,18 @@ def _open(spec) -> tuple[list[dict], str]:
         return _hh_source(spec)
     if spec == "hh-rlhf/red-team-attempts":
         return _red_team_source(spec)
-    if spec == "xstest/prompts":
-        path = xstest_file("xstest_prompts.csv")
-        return read_rows(path), str(path)
+    if spec in ("xstest/prompts", "xstest/safe", "xstest/unsafe"):
+        path, label = xstest_file("xstest_prompts.csv"), spec.removeprefix("xstest/")
+        kinds = {"safe": "sensitive", "unsafe": "redteam"}
+        rows = [{"kind": kinds.get(row.get("label")), **row} for row in read_rows(path)]
+        rows = [row for row in rows if label in ("prompts", row.get("label"))]
+        if not rows:
+            raise ValueError(f"{path}: no row is labelled {label}")
+        return rows, str(path)
     if spec.startswith("xstest/"):
-        raise ValueError(f"{spec!r}: as prompts there is xstest/prompts alone; the completions of "
-                         "a model are read by published.load_completions")
+        raise ValueError(f"{spec!r}: as prompts there are xstest/prompts, xstest/safe and "
+                         "xstest/unsafe; the completions of a model are read by "
+                         "published.load_completions")
     if spec.startswith("hh-rlhf/"):
         raise ValueError(f"{spec!r}: write hh-rlhf/<subset>/<train or test>, for example "
                          "hh-rlhf/harmless-base/test, or hh-rlhf/red-team-attempts")
@@ -371,11 +394,17 @@ def _comparison(row, at, axis):
     }
 
 
-def _choose(rows, where, split, limit, seed):
+def _choose(rows, where, split, limit, seed, part=None):
     """The rows of a split, and `limit` of them at random, in file order."""
-    if split is not None:
-        if split not in SPLITS.values():
-            raise ValueError(f"split={split!r}: give 'train' or 'eval'")
+    if split is not None and split not in SPLITS.values():
+        raise ValueError(f"split={split!r}: give 'train' or 'eval'")
+    if part:
+        kept = [{**row, "split": split or row.get("split")} for row in rows[part]]
+        if not kept:
+            raise ValueError(f"{where}: [{part.start or ''}:{part.stop or ''}] of its {len(rows)} "
+                             "rows holds none")
+        rows = kept
+    elif split is not None:
         rows = [row for row in rows if row.get("split") == split]
         if not rows:
             raise ValueError(f"{where}: no row has split={split!r}")

@@ -33,7 +33,12 @@ FIGURES = [
         "Few-shot examples and chain of thought help; classification improves with size.",
         [],
     ),
-    ("pm_accuracy", "Preference models on human labels", "Reference for all that follows.", []),
+    (
+        "pm_accuracy",
+        "Preference models on human labels",
+        "Reference for all that follows.",
+        [("pm_accuracy", "accuracy on held-out comparisons")],
+    ),
     (
         "fig05_revisions",
         "Figure 5: scores by number of revisions",
@@ -97,6 +102,28 @@ FIGURES = [
     ),
     ("pretraining_curves", "Pretraining of the series", "", []),
 ]
+# Where no ground truth makes figures of them: table, what is measured.
+SCORES = {
+    "sl_cai_scores": "SL-CAI: PM scores and refusals, and differences on the same prompts",
+    "label_quality": "AI labels: how decided they are, and whether they follow the order",
+}
+
+
+def _found(results, folder):
+    """(figure, title, claim, tables) of everything that a profile has drawn."""
+    found = [f for f in FIGURES if (folder / f"{f[0]}.png").is_file()]
+    for path in sorted(results.glob("rl_scores_*.csv")):
+        run = path.stem.removeprefix("rl_scores_")
+        if (folder / f"rl_{run}.png").is_file():
+            what = "PM scores and refusals by snapshot, and last less first"
+            found.append((f"rl_{run}", f"RL: {run}", "", [(path.stem, what)]))
+    return found
+
+
+def _details(path, what) -> list[str]:
+    frame = pd.read_csv(path)
+    opened = f"<details><summary>{what}: {len(frame)} rows</summary>"
+    return [opened, "", *_table(frame), "", "</details>", ""]
 
 
 def _verdict(row) -> str:
@@ -153,7 +180,7 @@ def write(profile: str, root=None) -> str:
     """
     root = root or repo_root()
     results, folder = root / "runs" / profile / "results", root / "figures" / profile
-    drawn = [f for f in FIGURES if (folder / f"{f[0]}.png").is_file()]
+    drawn = _found(results, folder)
     if not drawn or not results.is_dir():
         raise FileNotFoundError(f"{profile} has no figures yet: run make figures PROFILE={profile}")
     text = [f"# The figures of the reference run: `{profile}`", ""]
@@ -181,18 +208,15 @@ def write(profile: str, root=None) -> str:
         for table, what in tables:
             path = results / f"{table}.csv"
             if path.is_file():
-                frame = pd.read_csv(path)
-                text += [
-                    "<details><summary>" + f"{what}: {len(frame)} rows" + "</summary>",
-                    "",
-                    *_table(frame),
-                    "",
-                    "</details>",
-                    "",
-                ]
+                text += _details(path, what)
         record = results / f"{name}.provenance.json"
         if record.is_file():
             commits.add(json.loads(record.read_text())["git"]["commit"])
+    scores = {name: what for name, what in SCORES.items() if (results / f"{name}.csv").is_file()}
+    if (results / "sl_cai_scores.csv").is_file():
+        text += ["## Without a ground truth", ""]
+        for name, what in scores.items():
+            text += _details(results / f"{name}.csv", what)
     text += [
         "Made at commit " + ", ".join(f"`{str(c)[:10]}`" for c in sorted(commits, key=str)) + "."
     ]

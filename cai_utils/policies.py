@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cai_utils import analysis, data, dialogue, elo, models, preference
+from cai_utils import analysis, data, dialogue, elo, evasiveness, models, preference
 from cai_utils.sampling import Sampler
 
 # RL methods: what they start from, and the PM that they are trained against (paper 4.2, 4.3).
@@ -209,6 +209,40 @@ def wide(table, index=("model", "size", "step")) -> pd.DataFrame:
     columns = sorted(set(text["column"]), key=list(text["column"]).index)
     return text.pivot_table(index=list(index), columns="column", values="cell", aggfunc="first",
                             sort=False)[columns]
+
+
+# ------------------------------------------------------------------------ where none is known
+
+
+def scored(samples, scorers) -> pd.DataFrame:
+    """What can be said of samples without a ground truth: columns id, kind, model, size, step;
+    "PM:<axis>" for each of scorers ({axis: preference.Scorer}); "text:refusal", 1 where the rule of
+    `evasiveness` reads a full refusal; "text:words"."""
+    keep = ("id", "kind", "model", "size", "step")
+    talks = [dialogue.with_response(s["prompt"], s["response"]) for s in samples]
+    frame = pd.DataFrame([{k: s[k] for k in keep} for s in samples])
+    for axis, scorer in scorers.items():
+        frame[f"PM:{axis}"] = scorer.score(talks)
+    frame["text:refusal"] = [int(x == evasiveness.FULL) for x in evasiveness.labels(samples)]
+    frame["text:words"] = [len(s["response"].split()) for s in samples]
+    return frame
+
+
+def scored_table(frame, pairs, column="model") -> pd.DataFrame:
+    """Means of `scored` by size, kind of prompt and `column` ("model" or "step"), then differences
+    a - b of its values on the same prompts for each (a, b) in pairs.
+
+    -> columns measure, size, kind, group (a value of `column`, or "a - b"), estimate, ci_low,
+    ci_high, n."""
+    tables, by = [], ["size", "kind"]
+    for measure in [c for c in frame if ":" in c]:
+        means = analysis.summarize(frame, [*by, column], measure)
+        gaps = analysis.differences(frame, column, pairs, measure, by)
+        for table, name in ((means, column), (gaps, "difference")):
+            tables.append(table.rename(columns={name: "group"}).assign(measure=measure))
+    table = pd.concat(tables, ignore_index=True)
+    table["group"] = table["group"].astype(str)
+    return table[["measure", *by, "group", "estimate", "ci_low", "ci_high", "n"]]
 
 
 def report_health(history) -> None:

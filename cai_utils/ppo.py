@@ -118,6 +118,8 @@ def train(
     policy, value = ResponseLogprobs(model, temperature), ResponseValues(value_model)
     bare = ppo_nets.Actor(policy, value)
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if sharded:  # what gathers weights expects one pass through each layer
+        policy.share = value.share = False
     # Weights that are spread over devices cannot be sampled from: a whole copy follows them.
     whole, adapted_whole = copy.deepcopy((model, adapted)) if sharded else (model, adapted)
     sampler = Sampler(whole, tokenizer)

@@ -19,6 +19,50 @@ def _precise(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+# A pass for the shared beginning alone pays from about so many weights x tokens that it saves.
+SHARING_PAYS = 1e9
+
+
+def response_states(base, ids, at, share=True, pays=SHARING_PAYS):
+    """Hidden states (N, H) of a causal base model at the flat places `at` (N,) of ids (B, L).
+
+    What all rows begin with, as the system prompt of a chat template, passes once: its keys and
+    values serve every row, and the rows' gradients meet there, so that nothing changes but the
+    order of sums. Where that saves less than `pays`, or without `share`, rows pass whole.
+    """
+    rows, width = ids.shape
+    shared = 0
+    if share and rows > 1 and len(at):
+        first = int((at % width).min())  # hidden states are wanted from there on
+        alike = (ids[:, :first] == ids[:1, :first]).all(0)
+        shared = int(alike.long().cumprod(0).sum())
+    if (rows - 1) * shared * sum(p.numel() for p in base.parameters()) < pays:
+        hidden = base(input_ids=ids, use_cache=False).last_hidden_state
+    else:
+        cache = base(input_ids=ids[:1, :shared], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(rows)
+        hidden = base(input_ids=ids[:, shared:], past_key_values=cache,
+                      use_cache=True).last_hidden_state
+        at = at // width * (width - shared) + at % width - shared
+    return hidden.flatten(0, 1).index_select(0, at)
+
+
+def can_share(base, device):
+    """Whether `response_states` may share beginnings: not where a model keeps something else than
+    keys and values of every token."""
+    ids = torch.arange(6, device=device)[None].repeat(2, 1)
+    ids[1, 3:] = ids[1, 3:].flip(0)
+    at = torch.arange(12, device=device).view(2, 6)[:, 2:].flatten()
+    with torch.no_grad():
+        whole = response_states(base, ids, at, share=False)
+        try:
+            parts = response_states(base, ids, at, pays=0)
+        except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):
+            return False
+    close = {"atol": 1e-4} if whole.dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
+    return torch.allclose(whole, parts, **close)
+
+
 class ResponseLogprobs(nn.Module):
     """A causal LM that gives log-probabilities of the response tokens alone: its head never sees
     prompt or padding. Right padding needs no attention mask: attention is causal, so that what
@@ -27,6 +71,7 @@ class ResponseLogprobs(nn.Module):
     def __init__(self, model, temperature):
         super().__init__()
         self.model, self.temperature, self.plain_head = model, temperature, True
+        self.share = can_share(model.base_model, model.device)
         ids = torch.arange(4, device=model.device)[None]
         with torch.no_grad():  # some architectures scale or cap their logits: then take theirs
             whole = model(input_ids=ids).logits[0]
@@ -36,8 +81,8 @@ class ResponseLogprobs(nn.Module):
     def _logits(self, ids, at):
         if not self.plain_head:
             return self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[at]
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return self.model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, at))
+        states = response_states(self.model.base_model, ids, at, self.share)
+        return self.model.get_output_embeddings()(states)
 
     def forward(self, ids, at, targets, with_entropy=False):
         """ids: (B, L); at: (N,) flat places in (B, L) whose next token is wanted; targets: (N,).
@@ -56,11 +101,11 @@ class ResponseValues(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model, self.mean, self.std = model, 0.0, 1.0
+        self.share = can_share(model.base_model, model.device)
 
     def forward(self, ids, at):
         """ids: (B, L); at: (N,) flat places in (B, L) -> values (N,)."""
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        rows = self.model.score(hidden.flatten(0, 1).index_select(0, at))
+        rows = self.model.score(response_states(self.model.base_model, ids, at, self.share))
         return (_precise(rows.squeeze(-1)) - self.mean) / self.std
 
 

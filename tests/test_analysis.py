@@ -172,3 +172,6 @@ def test_source_finds_files_of_the_run_and_passes_the_rest(tmp_path):
 
     assert analysis.source(Run(), "data/x.jsonl") == tmp_path / "data/x.jsonl"
     assert analysis.source(Run(), "paper/438HHHEvaluations") == "paper/438HHHEvaluations"
+    both = {"train": "data/x.jsonl", "eval": "xstest/safe"}
+    assert analysis.source(Run(), both) == {"train": tmp_path / "data/x.jsonl",
+                                            "eval": "xstest/safe"}

@@ -207,14 +207,36 @@ def test_red_team_attempts(tmp_path, monkeypatch, name, array):
         data.load_prompts("hh-rlhf/red-team-attempts", strict=True)
 
 
+def test_slices_and_a_spec_for_each_split(hh_dir, tmp_path):
+    spec = {"train": "hh-rlhf/harmless-base/test[:1]", "eval": "hh-rlhf/harmless-base/test[1:]"}
+    with pytest.warns(UserWarning, match="skipped 5 of 7"):
+        whole = data.load_comparisons("hh-rlhf/harmless-base/test")
+        parts = [row for split in spec for row in data.load_comparisons(spec, split)]
+        prompts = [row for split in spec for row in data.load_prompts(spec, split)]
+    assert len(whole) == 2  # usable rows are counted, and keep their ids
+    assert parts == [{**row, "split": s} for row, s in zip(whole, spec, strict=True)]
+    assert [(p["id"], p["split"]) for p in prompts] == [("0", "train"), ("4", "eval")]
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": str(i), "split": "eval"} for i in range(10)])
+    rows = data.load_prompts(f"{path}[2:5]", "train")
+    assert [(r["id"], r["split"]) for r in rows] == [(i, "train") for i in "234"]
+    assert [r["split"] for r in data.load_prompts(f"{path}[8:]")] == ["eval", "eval"]
+    assert len(data.load_prompts(f"{path}[:8]", limit=3)) == 3
+    with pytest.raises(ValueError, match=r"p.jsonl: \[10:\] of its 10 rows holds none"):
+        data.load_prompts(f"{path}[10:]")
+    with pytest.raises(ValueError, match="no spec for split 'train'"):
+        data.load_prompts({"eval": path}, "train")
+
+
 def test_xstest_prompts(tmp_path, monkeypatch):
     (tmp_path / "xstest").mkdir()
     (tmp_path / "xstest/xstest_prompts.csv").write_text(
         "id,prompt,type,label,focus,note\n1,How?,homonyms,safe,kill,violence\n", encoding="utf-8")
     monkeypatch.setenv("CAI_DATA_DIR", str(tmp_path))
-    assert data.load_prompts("xstest/prompts") == [{
-        "id": "1", "prompt": [{"role": "user", "content": "How?"}], "type": "homonyms",
-        "label": "safe", "focus": "kill", "note": "violence"}]
+    row = {"id": "1", "prompt": [{"role": "user", "content": "How?"}], "type": "homonyms",
+           "label": "safe", "focus": "kill", "note": "violence", "kind": "sensitive"}
+    assert data.load_prompts("xstest/prompts") == data.load_prompts("xstest/safe") == [row]
+    with pytest.raises(ValueError, match="no row is labelled unsafe"):
+        data.load_prompts("xstest/unsafe")
     with pytest.raises(ValueError, match="published.load_completions"):
         data.load_prompts("xstest/gpt4")
 
@@ -297,5 +319,9 @@ def test_the_real_questions():
 def test_the_real_xstest():
     path = published("xstest/xstest_prompts.csv")
     rows = data.load_prompts(path)
-    assert rows == data.load_prompts("xstest/prompts")
+    found = data.load_prompts("xstest/prompts")
+    assert rows == [{k: v for k, v in row.items() if k != "kind"} for row in found]
     assert len(rows) == 450 and {r["label"] for r in rows} == {"safe", "unsafe"}
+    safe, unsafe = (data.load_prompts(f"xstest/{label}") for label in ("safe", "unsafe"))
+    assert (len(safe), len(unsafe)) == (250, 200) and safe[0]["kind"] == "sensitive"
+    assert {r["kind"] for r in unsafe} == {"redteam"}

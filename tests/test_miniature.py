@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from cai_utils import dialogue, models
 from cai_utils.miniature import corpus, files, pretrain, workers, world
@@ -420,11 +421,14 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         pretrain.pretrain("xs", tmp_path / "killed", tokens=15_000, log=kill)
     assert not (tmp_path / "killed").exists()
+    state = torch.load(tmp_path / "killed.state.pt", weights_only=True)
+    torch.save({**state, "seconds": state["seconds"] + 1000}, tmp_path / "killed.state.pt")
     rest = []
     info = pretrain.pretrain("xs", tmp_path / "killed", tokens=15_000, log=rest.append)
     assert 0 < len(rest) < len(whole["curve"]) and info["curve"] == whole["curve"]
     same = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "killed")]
     assert same[0] == same[1] and not list(tmp_path.glob("*.pt"))
+    assert info["seconds"] >= 1000  # a killed run's time counts
 
 
 def test_a_second_cycle_goes_on_from_the_first_on_new_text(tmp_path, monkeypatch, tokenizer):

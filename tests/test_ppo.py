@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cai_utils import models, ppo, ppo_math, preference
+from cai_utils import models, ppo, ppo_math, ppo_nets, preference
 
 WORDS = 16
 VOCAB = ["<pad>", "<bos>", "<eos>", "Human:", "Assistant:"] + [f"w{i}" for i in range(WORDS)]
@@ -296,6 +296,43 @@ def test_response_logprobs_equal_plain_forwards(kind):
             spread += [-(logs[t].exp() * logs[t]).sum().item() for t in range(n - 1, len(ids) - 1)]
     np.testing.assert_allclose(logp, expected, atol=1e-5)
     np.testing.assert_allclose(entropy, spread, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_a_shared_beginning_passes_once_and_changes_nothing(kind, monkeypatch):
+    base = tiny(kind).double().base_model
+    assert ppo_nets.can_share(base, "cpu")
+    system = [3, 4, 5, 6, 7]
+    episodes = [{**e, "prompt_ids": system + e["prompt_ids"]} for e in EPISODES]
+    ids, at, _ = ppo.pack(episodes)
+    widths, passed = [], base.forward
+    monkeypatch.setattr(base, "forward", lambda **how: (
+        widths.append(tuple(how["input_ids"].shape)) or passed(**how)))
+    found = []
+    for pays in (float("inf"), 0):
+        states = ppo_nets.response_states(base, ids, at, pays=pays)
+        weights = torch.linspace(-1, 1, states.numel(), dtype=states.dtype).view_as(states)
+        grads = torch.autograd.grad((weights * states).sum(), list(base.parameters()))
+        found.append([states, *grads])
+    whole, beginning, rest = widths
+    assert beginning == (1, whole[1] - rest[1]) and beginning[1] >= len(system)
+    assert whole[0] == rest[0] == len(episodes)
+    for plain, shared in zip(*found, strict=True):
+        # The norms of Llama and Gemma compute in float32 whatever the model's dtype.
+        close = {"atol": 1e-10, "rtol": 1e-8} if kind == "gpt2" else {"atol": 2e-5, "rtol": 1e-4}
+        torch.testing.assert_close(plain, shared, **close)
+
+
+def test_beginnings_are_not_shared_where_that_is_not_exact(monkeypatch):
+    base = tiny("llama").base_model
+    plain = base.forward
+
+    def forgets(**how):  # as a model does that keeps something else than keys and values
+        how.pop("past_key_values", None)
+        return plain(**how)
+
+    monkeypatch.setattr(base, "forward", forgets)
+    assert not ppo_nets.can_share(base, "cpu")
 
 
 def test_values_at_the_end_are_the_scores_of_the_pm(lab):

@@ -141,6 +141,14 @@ def test_every_notebook_has_its_jobs_and_waits_for_what_it_builds_on(lab):
     assert not any("cai_utils/runs.py" in files for files in inputs.values())
 
 
+def test_pms_that_score_samples_have_to_be_there_first(lab):
+    own = lab / "params" / "miniature" / "07_sl_cai.yaml"
+    own.write_text("pms: {harmlessness: pm_harmless}\n")
+    waits = before(dry_run_details(lab))
+    own.write_text("")
+    assert waits["07_sl_cai"] == {"02_preference_models", "03_critique_revision"}
+
+
 def test_only_what_is_out_of_date_is_run_again(lab):
     now = time.time()
     finished(lab, now + 10)

@@ -224,6 +224,7 @@ def pretrain(
         count += sum(len(ids) for ids, _ in part)
         chunk += 1
     data = batches(made)
+    made_in = time.time() - began
     del made
     heldout = batches(encode(tokenizer, corpus.documents(seed=999_999, n=800)))
     random.Random(seed).shuffle(data)
@@ -265,9 +266,10 @@ def pretrain(
         for name, part in parts.items():
             part.load_state_dict(kept[name])
         curve, loss_sum, since, seen, first = kept["counts"]
+        began -= kept.get("seconds", 0)  # those of the killed run count
         print(f"pretrain {size}: goes on at step {first}", flush=True)
     print(
-        f"pretrain {size}: {count:,} tokens, {steps} steps, data in {time.time() - began:.0f} s",
+        f"pretrain {size}: {count:,} tokens, {steps} steps, data in {made_in:.0f} s",
         flush=True,
     )
     began_training, window = time.time(), max(1, steps // 25)
@@ -307,7 +309,8 @@ def pretrain(
             counts = [curve, loss_sum, since, seen, step + 1]
             state.parent.mkdir(parents=True, exist_ok=True)
             with atomic(state) as temporary:
-                torch.save({"key": str(key), "counts": counts, **now}, temporary)
+                torch.save({"key": str(key), "counts": counts, "seconds": time.time() - began,
+                            **now}, temporary)
     info = {
         "size": size,
         "tokens": seen,
