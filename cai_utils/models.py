@@ -230,8 +230,8 @@ def _quantized(quantize, device):
         raise ValueError(f"quantize={quantize!r}: it is '4bit', '8bit' or null")
     if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(f"quantize={quantize!r} needs CUDA (device is {device.type}) and the "
-                         "package bitsandbytes (pip install bitsandbytes); without them leave it "
-                         "out: lora alone trains on any device")
+                         "package bitsandbytes (pip install -e .[quantize]); without them leave "
+                         "it out: lora alone trains on any device")
     from transformers import BitsAndBytesConfig
 
     how = {"load_in_8bit": True} if quantize == "8bit" else {
