@@ -51,7 +51,11 @@ def source(run, spec, made_by="00_miniature"):
     anything else is what `cai_utils.data` reads. {split: spec} is taken apart."""
     if isinstance(spec, dict):
         return {split: source(run, own, made_by) for split, own in spec.items()}
-    return run.need(spec, made_by) if str(spec).startswith("data/") else spec
+    if not str(spec).startswith("data/"):
+        return spec
+    path, bracket, part = str(spec).partition("[")  # a slice stays behind it
+    found = run.need(path, made_by)
+    return f"{found}[{part}" if bracket else found
 
 
 def parameters(spec, runs_dir=None) -> int:

@@ -401,13 +401,15 @@ def _choose(rows, where, split, limit, seed, part=None):
     if part:
         kept = [{**row, "split": split or row.get("split")} for row in rows[part]]
         if not kept:
-            raise ValueError(f"{where}: [{part.start or ''}:{part.stop or ''}] of its {len(rows)} "
+            raise ValueError(f"{where}: [{'' if part.start is None else part.start}:"
+                             f"{'' if part.stop is None else part.stop}] of its {len(rows)} "
                              "rows holds none")
         rows = kept
     elif split is not None:
         rows = [row for row in rows if row.get("split") == split]
         if not rows:
-            raise ValueError(f"{where}: no row has split={split!r}")
+            raise ValueError(f"{where}: no row has split={split!r}; name a spec or a slice for "
+                             "each split: {train: SPEC[:1000], eval: SPEC[1000:]}")
     if limit is not None:
         if limit < 1:
             raise ValueError(f"limit={limit}: has to be at least 1")

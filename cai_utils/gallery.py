@@ -126,7 +126,16 @@ def _details(path, what) -> list[str]:
     return [opened, "", *_table(frame), "", "</details>", ""]
 
 
+def _compared(row) -> bool:
+    """Whether 0 means something for a row: a difference, or how far labels follow the order."""
+    if str(row.get("measure")) in ("position bias", "over-confidence"):
+        return True
+    return "difference" in row or " - " in str(row.get("group", ""))
+
+
 def _verdict(row) -> str:
+    if not _compared(row):
+        return ""
     if not row["ci_low"] == row["ci_low"]:  # nan: too few units for an interval
         return "no interval"
     return "above 0" if row["ci_low"] > 0 else "below 0" if row["ci_high"] < 0 else "undecided"
@@ -142,7 +151,9 @@ def _table(frame: pd.DataFrame) -> list[str]:
     ]
     for _, row in frame.iterrows():
         named = ["" if pd.isna(row[c]) else str(row[c]) for c in labels]
-        number = f"{row['estimate']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+        sign = "+" if _compared(row) else ""
+        number = "{:{s}.3f} [{:{s}.3f}, {:{s}.3f}]".format(
+            *(row[c] for c in ("estimate", "ci_low", "ci_high")), s=sign)
         lines.append("| " + " | ".join([*named, number, f"{row['n']:g}", _verdict(row)]) + " |")
     return lines
 

@@ -172,6 +172,7 @@ def test_source_finds_files_of_the_run_and_passes_the_rest(tmp_path):
 
     assert analysis.source(Run(), "data/x.jsonl") == tmp_path / "data/x.jsonl"
     assert analysis.source(Run(), "paper/438HHHEvaluations") == "paper/438HHHEvaluations"
+    assert analysis.source(Run(), "data/x.jsonl[:5]") == f"{tmp_path / 'data/x.jsonl'}[:5]"
     both = {"train": "data/x.jsonl", "eval": "xstest/safe"}
     assert analysis.source(Run(), both) == {"train": tmp_path / "data/x.jsonl",
                                             "eval": "xstest/safe"}

@@ -334,6 +334,14 @@ def test_beginnings_are_not_shared_where_that_is_not_exact(monkeypatch):
     monkeypatch.setattr(base, "forward", forgets)
     assert not ppo_nets.can_share(base, "cpu")
 
+    def breaks(past_key_values=None, **how):  # as models of mixed layers do
+        if past_key_values is not None:
+            raise RuntimeError("sizes of tensors must match")
+        return plain(**how)
+
+    monkeypatch.setattr(base, "forward", breaks)
+    assert not ppo_nets.can_share(base, "cpu")
+
 
 def test_values_at_the_end_are_the_scores_of_the_pm(lab):
     scorer = preference.Scorer(lab / "pm")
