@@ -142,7 +142,7 @@ DATA = os.environ.get("CAI_DATA_DIR")
         ),
         (
             "03_critique_revision",
-            ["n_eval=2", "n_revisions=1", "max_new_tokens=24"],
+            ["n_eval=2", "n_train={}", "n_revisions=1", "max_new_tokens=24"],
             "chains_truth",
         ),
     ],
