@@ -64,7 +64,9 @@ def machine(model):
     dtype = str(model.dtype).removeprefix("torch.")
     if model.device.type == "cuda":
         return f"{torch.cuda.get_device_name(model.device)}, {dtype}"
-    return f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {dtype}"
+    bf16 = torch.cpu._is_avx512_bf16_supported()
+    knows = "AVX512-BF16" if bf16 else torch.backends.cpu.get_cpu_capability()
+    return f"{found['cpu']} ({knows}), {found['cores']} cores, {found['threads']} threads, {dtype}"
 
 
 def commit():

@@ -81,7 +81,8 @@ def feedback_prefix(rounds, quick):
     theirs = torch.tensor(peer.labels(2, peer.asked[:4]), dtype=torch.float64).log_softmax(-1)
     own = torch.tensor(sampler.choice_logprobs(texts[:4], [" (A)", " (B)"], progress=False))
     # Ours counts the closing mark too, whose probability is nearly 1.
-    close = 0.02 if sampler.model.dtype == torch.float32 else 0.1
+    # In bf16 each of two logits near 16 is off by up to 1/16 on either side.
+    close = 0.02 if sampler.model.dtype == torch.float32 else 0.25
     assert torch.allclose(own, theirs, atol=close), (own - theirs).abs().max()
 
     found = measure.side_by_side(ours, peer, rounds)

@@ -83,7 +83,8 @@ def pair(kind, settings, rounds, peer_path=()):
 
 def ppo(spec, **sizes):
     """One iteration: sampling, scoring, evaluation, updates. Same weights, prompts, episodes and
-    epochs on both sides, fp32, the policy as it has been trained, ends of text included."""
+    epochs on both sides, fp32 weights, the policy as it has been trained, ends of text included.
+    Passes are in bf16 where that is the faster way for a side."""
     size = spec.rpartition("/")[2] if spec.startswith("miniature/") else "smollm2"
 
     def bench(rounds, quick):
@@ -136,7 +137,9 @@ def prepare(spec, folder, quick):
         prompts.append({"messages": talk, "ids": ids})
     (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {"folder": str(folder), "machine": measure.machine(policy.to(device))}
+    # Ours takes bf16 where it pays; the peer gains by it where products outweigh casts.
+    return {"folder": str(folder), "machine": measure.machine(policy.to(device)),
+            "peer_bf16": models.bf16_pays(policy)}
 
 
 def pm_smollm2(rounds, quick):

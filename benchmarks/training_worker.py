@@ -52,7 +52,7 @@ def ppo_ours(s):
         folder / "policy", folder / "pm", rows, folder / "ours", lr=1e-5, episodes=s["episodes"],
         iterations=s["iterations"], minibatch=s["minibatch"], ppo_epochs=2,
         max_new_tokens=s["new_tokens"], print_every=0, snapshot_every=0, checkpoint_every=0,
-        bf16=False, log=gate,
+        log=gate,
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def ppo_peer(s):
         total_episodes=s["episodes"] * s["iterations"], num_ppo_epochs=2,
         response_length=s["new_tokens"], stop_token="eos", temperature=1.0,
         missing_eos_penalty=1.0, kl_coef=0.05, learning_rate=1e-5, num_sample_generations=0,
-        report_to="none", save_strategy="no", bf16=False, gradient_checkpointing=False,
+        report_to="none", save_strategy="no", bf16=s["peer_bf16"], gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(), disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
     PPOTrainer(
@@ -125,7 +125,8 @@ def pm_ours(s):
         report(**said)
         made = preference.train(
             folder / "base", rows, folder / "ours", batch_size=s["batch"], lr=1e-4,
-            max_length=s["longest"], seed=seed, centre=False, schedule="linear", warmup=0.0)
+            max_length=s["longest"], seed=seed, centre=False, schedule="linear", warmup=0.0,
+            gradient_accumulation=s["batch"])
         said = {"rate": made["pairs_per_second"], "losses": [row["loss"] for row in made["log"]]}
         seed += 1
 

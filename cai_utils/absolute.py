@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig
 
-from cai_utils import preference, sft, stats
+from cai_utils import models, preference, sft, stats
 
 
 class AbsoluteTrainer(preference.PreferenceTrainer):
@@ -83,6 +83,7 @@ def train(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, ma
     if len(ids) < len(rows):
         print(f"absolute: {len(rows) - len(ids)} of {len(rows)} answers exceed {max_length} "
               "tokens: left out")
+    models.attend_for_training(model, max(map(len, ids)))
     mean, std = float(np.mean(targets)), max(float(np.std(targets)), 1e-6)
     args = sft.training_arguments(
         RewardConfig, model, out_dir, rows=len(ids), epochs=epochs, batch_size=batch_size,

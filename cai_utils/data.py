@@ -17,7 +17,8 @@ A `spec` names where rows come from:
 
 A slice behind it, as in `hh-rlhf/harmless-base/test[:1000]`, keeps those of the usable rows, in
 file order, and they belong to whatever split is asked for. {"train": spec, "eval": spec} names one
-for each split. `limit` keeps that many rows, drawn at random from the seed, in file order.
+for each split; slices of one file must not overlap there. `limit` keeps that many rows, drawn at
+random from the seed, in file order.
 """
 
 from __future__ import annotations
@@ -25,17 +26,14 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import os
 import random
 import re
-import warnings
-from collections import Counter
 from pathlib import Path
 
-from cai_utils import dialogue
+from cai_utils import dialogue, hh
 from cai_utils.fetch import local, paper_file, xstest_file
-
-SPLITS = {"train": "train", "test": "eval"}  # hh-rlhf's names -> ours
 
 
 def read_rows(path) -> list[dict]:
@@ -106,13 +104,13 @@ def load_prompts(spec, split=None, limit=None, seed=0, strict=False) -> list[dic
     """
     spec, part = _parted(spec, split)
     rows, where = _open(spec)
-    if _is_hh(rows):
+    if hh.recognise(rows):
         rows = [
             {"id": row["id"], "prompt": row["prompt"], "split": row["split"]}
-            for row in _hh_rows(rows, where, None, strict)
+            for row in hh.comparisons(rows, where, None, strict)
         ]
     elif rows and "prompt" not in rows[0] and "transcript" in rows[0]:
-        rows = _red_team_rows(rows, where, strict)
+        rows = hh.red_team_prompts(rows, where, strict)
     else:
         rows = [
             {"id": str(i), **row, "prompt": _prompt(row, f"{where}, row {i + 1}")}
@@ -138,13 +136,13 @@ def load_comparisons(spec, split=None, limit=None, seed=0, axis=None, strict=Fal
     """
     spec, part = _parted(spec, split)
     rows, where = _open(spec)
-    if _is_hh(rows):
+    if hh.recognise(rows):
         if axis is None:
             axis = next((a for a in ("helpful", "harmless") if a in where.lower()), None)
         if axis not in ("helpful", "harmless"):
             raise ValueError(f"{where}: say what these comparisons judge: axis='helpful' or "
                              "axis='harmless'")
-        rows = _hh_rows(rows, where, axis, strict)
+        rows = hh.comparisons(rows, where, axis, strict)
     else:
         rows = [_comparison(row, f"{where}, row {i + 1}", axis) for i, row in enumerate(rows)]
     return _choose(rows, where, split, limit, seed, part)
@@ -183,14 +181,31 @@ def load_questions(spec, limit=None, seed=0) -> list[dict]:
 
 def _parted(spec, split) -> tuple[str, slice | None]:
     """The spec of a split, without its slice, and the slice."""
-    if isinstance(spec, dict):
-        if split not in spec:
-            raise ValueError(f"{spec}: no spec for split {split!r}")
-        spec = spec[split]
-    found = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", str(spec))
+    if not isinstance(spec, dict):
+        return _sliced(spec)
+    if split not in spec:
+        if split is None:
+            raise ValueError(f"{spec}: one spec is wanted here, not one for each split")
+        raise ValueError(f"{spec}: no spec for split {split!r}")
+    found = {name: _sliced(given) for name, given in spec.items()}
+    if {*found} == {"train", "eval"}:
+        (name, one), (other, two) = found.values()
+        ends = [(p.start or 0, math.inf if p.stop is None else p.stop) for p in (one, two) if p]
+        alone = len(ends) == 1  # a slice, and the whole file
+        if name == other and ends and (alone or max(e[0] for e in ends) < min(e[1] for e in ends)):
+            raise ValueError(f"{spec}: train and eval may have rows in common: give slices that "
+                             "do not overlap")
+    return found[split]
+
+
+def _sliced(spec) -> tuple[str, slice | None]:
+    found = re.fullmatch(r"(.+)\[([^\[\]]*)\]", str(spec))
     if not found:
         return str(spec), None
-    return found[1], slice(*(int(end) if end else None for end in found.groups()[1:]))
+    ends = re.fullmatch(r"(\d*):(\d*)", found[2])
+    if not ends:
+        raise ValueError(f"{spec}: a slice is [start:stop], whole numbers from 0, either left out")
+    return found[1], slice(*(int(end) if end else None for end in ends.groups()))
 
 
 def _open(spec) -> tuple[list[dict], str]:
@@ -255,90 +270,6 @@ def _from_hub(spec, subset, split, file):
         ) from error
 
 
-def _is_hh(rows) -> bool:
-    """Whether the rows are hh-rlhf's: whole transcripts, and no prompt of their own."""
-    return "prompt" not in rows[0] and all(
-        isinstance(rows[0].get(k), str) for k in ("chosen", "rejected")
-    )
-
-
-def _hh_rows(rows, where, axis, strict):
-    """hh-rlhf's transcripts as comparisons; rotten rows skipped with a warning, or refused."""
-    split = next((ours for theirs, ours in SPLITS.items() if re.search(rf"\b{theirs}\b", where)),
-                 None)
-    out, rotten = [], Counter()
-    for i, row in enumerate(rows):
-        try:
-            prompt, chosen, rejected = _hh_pair(row)
-        except ValueError as error:
-            if strict:
-                raise ValueError(f"{where}, line {i + 1}: {error}") from error
-            rotten[str(error)] += 1
-            continue
-        out.append({
-            "id": str(i), "prompt": prompt, "chosen": chosen, "rejected": rejected,
-            "p_chosen": 1.0, "source": "human", "axis": axis, "principle": None, "split": split,
-        })
-    _tell(rotten, where, len(rows))
-    return out
-
-
-def _red_team_rows(rows, where, strict):
-    """Transcripts of red-teaming as prompts: the conversation up to the last human turn."""
-    out, rotten = [], Counter()
-    for i, row in enumerate(rows):
-        try:
-            try:
-                talk = dialogue.parse_transcript(row["transcript"])
-            except (AttributeError, KeyError, TypeError, ValueError):
-                raise ValueError("a text that is not a transcript") from None
-            while talk and talk[-1]["role"] != "user":
-                talk.pop()
-            roles = [m["role"] for m in talk]
-            if not talk or not talk[-1]["content"]:
-                raise ValueError("no human turn")
-            if roles[0] != "user" or any(a == b for a, b in zip(roles, roles[1:], strict=False)):
-                raise ValueError("two turns of one role in a row")
-        except ValueError as error:
-            if strict:
-                raise ValueError(f"{where}, row {i + 1}: {error}") from error
-            rotten[str(error)] += 1
-            continue
-        out.append({"id": str(i), **{k: v for k, v in row.items() if k != "transcript"},
-                    "prompt": talk})
-    _tell(rotten, where, len(rows))
-    return out
-
-
-def _tell(rotten, where, n):
-    """Warn of the rows that were skipped, with how many of each kind."""
-    if rotten:
-        kinds = ", ".join(f"{count} with {kind}" for kind, count in sorted(rotten.items()))
-        warnings.warn(f"{where}: skipped {sum(rotten.values())} of {n} rows: {kinds}",
-                      stacklevel=4)
-
-
-def _hh_pair(row):
-    """(prompt, chosen, rejected) of one hh-rlhf row; ValueError with the kind of rot."""
-    talks = []
-    for side in ("chosen", "rejected"):
-        try:
-            talk = dialogue.parse_transcript(row[side])
-        except (KeyError, TypeError, ValueError):
-            raise ValueError("a text that is not a transcript") from None
-        # parse_transcript drops an empty last assistant turn; none may be empty before it either.
-        if talk[-1]["role"] != "assistant" or not talk[-1]["content"]:
-            raise ValueError("an empty last answer")
-        talks.append(talk)
-    chosen, rejected = talks
-    if chosen[:-1] != rejected[:-1]:
-        raise ValueError("no common prompt")
-    roles = [m["role"] for m in chosen]
-    if roles[0] != "user" or any(a == b for a, b in zip(roles, roles[1:], strict=False)):
-        raise ValueError("two turns of one role in a row")
-    return chosen[:-1], chosen[-1:], rejected[-1:]
-
-
 def _decoded(value):
     """Lists and messages that a CSV cell holds as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -396,7 +327,7 @@ def _comparison(row, at, axis):
 
 def _choose(rows, where, split, limit, seed, part=None):
     """The rows of a split, and `limit` of them at random, in file order."""
-    if split is not None and split not in SPLITS.values():
+    if split is not None and split not in hh.SPLITS.values():
         raise ValueError(f"split={split!r}: give 'train' or 'eval'")
     if part:
         kept = [{**row, "split": split or row.get("split")} for row in rows[part]]

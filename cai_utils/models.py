@@ -37,6 +37,9 @@ SHIPPED = Path(__file__).parent / "miniature" / "weights"
 # Below this many parameters, attention as plain batched matmuls beats SDPA on a CPU: in decoding
 # a little, in the backward pass a lot.
 EAGER_BELOW = 30e6
+# And in bf16 training on a CPU up to so many tokens a row (SmolLM2-135M: rows of 90 in 0.84, of
+# 300 in 0.74 of the time).
+EAGER_UP_TO = 512
 
 
 def resolve(spec, runs_dir=None):
@@ -137,10 +140,11 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=N
 
     head: ``"lm"`` (next-token logits) or ``"score"`` (one number per sequence, for preference
     models: the same body; a head that the weights lack is drawn from torch's global generator).
-    dtype: ``"auto"`` = bf16 on CUDA and on a CPU with AVX512-BF16, else float32; or a torch dtype
-    or its name. device: ``"auto"`` = CUDA when there is one. revision: commit, tag or branch of a
-    hub id (or ``id@revision``). quantize: ``"4bit"`` (NF4, as in QLoRA, arXiv 2305.14314) or
-    ``"8bit"``, by bitsandbytes on CUDA; heads stay dense.
+    dtype: ``"auto"`` = bf16 on CUDA, and on a CPU with AVX512-BF16 for all but small models (each
+    step of decoding has new shapes, and making bf16 kernels for them costs more than they save),
+    else float32; or a torch dtype or its name. device: ``"auto"`` = CUDA when there is one.
+    revision: commit, tag or branch of a hub id (or ``id@revision``). quantize: ``"4bit"`` (NF4, as
+    in QLoRA, arXiv 2305.14314) or ``"8bit"``, by bitsandbytes on CUDA; heads stay dense.
     The tokenizer pads on the left and always has a pad token (its eos when it names none).
     ValueError for an unknown head, dtype or quantization, a model that is no causal LM, and for a
     quantization that cannot be had here; FileNotFoundError for weights that cannot be found.
@@ -157,7 +161,7 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=N
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = own if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    dtype, quantized = _dtype(dtype, device), _quantized(quantize, device)
+    quantized = _quantized(quantize, device)
     try:
         config = AutoConfig.from_pretrained(where, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
@@ -171,6 +175,7 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=N
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "left"
 
+    dtype = _dtype(dtype, device, config)
     # The config is handed on, for reading a GGUF file's header again costs seconds.
     options |= {"config": config, "dtype": dtype, **quantized}
     if "gguf_file" in options:
@@ -202,24 +207,37 @@ def load_tokenizer(spec, runs_dir=None):
         raise FileNotFoundError(f"{spec}: no tokenizer could be loaded ({reason})") from error
 
 
-def bf16_pays(model):
+def bf16_pays(model, above=EAGER_BELOW):
     """Whether training ``model`` under bf16 autocast is the faster way: only where the hardware
-    multiplies bf16, and matmuls outweigh the casts."""
+    multiplies bf16, and matmuls outweigh the casts, with more than ``above`` parameters."""
     if model.device.type == "cpu":
         hardware = torch.cpu._is_avx512_bf16_supported()
     else:
         hardware = torch.cuda.is_bf16_supported()
-    return hardware and model.num_parameters() > EAGER_BELOW
+    return hardware and model.num_parameters() > above
 
 
-def _dtype(dtype, device):
+def attend_for_training(model, longest):
+    """Sets the attention with which ``model`` trains the faster, for rows of ``longest`` tokens: on
+    a CPU the backward of SDPA in bf16 takes several times as long as plain matmuls, which keep all
+    their weights, though (L^2 a head): not for long rows."""
+    if model.device.type == "cpu" and bf16_pays(model) and longest <= EAGER_UP_TO:
+        model.set_attn_implementation("eager")
+
+
+def _dtype(dtype, device, config):
     if dtype != "auto":
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise ValueError(f"dtype={dtype!r}: give 'auto', 'float32', 'bfloat16' or 'float16'")
         return found
-    fast_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast_bf16 else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    if not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    with torch.device("meta"):  # nothing is allocated: what the weights will be, not their values
+        weights = AutoModelForCausalLM.from_config(config).num_parameters()
+    return torch.bfloat16 if weights > EAGER_BELOW else torch.float32
 
 
 def _quantized(quantize, device):

@@ -107,7 +107,10 @@ def show_samples(samples, models_, n=3) -> None:
     for kind in dict.fromkeys(s["kind"] for s in samples):
         ids = list(dict.fromkeys(s["id"] for s in samples if s["kind"] == kind))[:n]
         for id_ in ids:
-            own = [s for m in models_ for s in samples if s["id"] == id_ and s["model"] == m]
+            own = [s for m in models_ for s in samples
+                   if (s["kind"], s["id"], s["model"]) == (kind, id_, m)]
+            if not own:
+                continue
             print(f"\n[{kind}] " + " / ".join(m["content"] for m in own[0]["prompt"]))
             for s in own:
                 step = f", {s['step']} episodes" if s["step"] else ""

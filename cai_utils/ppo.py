@@ -16,6 +16,7 @@ CONFIG.yaml`, where CONFIG holds the arguments of `train`, `prompts` as a file o
 process samples and scores its share of the episodes; all of them then know the whole batch.
 """
 
+import contextlib
 import copy
 import os
 import time
@@ -32,6 +33,10 @@ from . import dialogue, launch, models, ppo_checkpoint, ppo_math, ppo_nets, ppo_
 from .ppo_nets import ResponseLogprobs, ResponseValues, length_groups, pack
 from .provenance import atomic
 from .sampling import Sampler
+
+# Parameters from which bf16 pays on a CPU: few, for packed minibatches have few shapes; a product
+# of a new one is slow (updates in bf16, 2 cores: 0.1M slower, 0.6M 1.3 times as fast, 2.3M 1.8).
+BF16_ABOVE = 3e5
 
 __all__ = ["ResponseLogprobs", "ResponseValues", "length_groups", "pack", "train"]
 
@@ -115,6 +120,9 @@ def train(
     if saved.key is None and checkpoint_every:
         saved.stop("a PM or `refresh` that is an object without `key` cannot be compared")
     prompt_ids = _tokenize(prompts, tokenizer, model, max_new_tokens)
+    if accelerator.mixed_precision == "bf16":
+        for net in (model, value_model):
+            models.attend_for_training(net, max(map(len, prompt_ids)) + max_new_tokens)
     policy, value = ResponseLogprobs(model, temperature), ResponseValues(value_model)
     bare = ppo_nets.Actor(policy, value)
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -123,6 +131,9 @@ def train(
     # Weights that are spread over devices cannot be sampled from: a whole copy follows them.
     whole, adapted_whole = copy.deepcopy((model, adapted)) if sharded else (model, adapted)
     sampler = Sampler(whole, tokenizer)
+    # Not a small model on a CPU: its steps of decoding have a new shape each, hence a new kernel.
+    plain = device.type == "cpu" and ppo_nets.is_small(model)
+    decoding = contextlib.nullcontext if plain else accelerator.autocast
     frozen = None if adapted else copy.deepcopy(policy).requires_grad_(False)
     rates = (lr, lr if value_lr is None else value_lr)
     groups = [{"params": [w for w in net.parameters() if w.requires_grad], "lr": rate}
@@ -144,7 +155,7 @@ def train(
         asked, how = [prompts[chosen[i]] for i in mine], {"temperature": temperature, "seed": seed}
         rows = []
         if mine:
-            with accelerator.autocast():
+            with decoding():
                 rows = sampler.generate(asked, max_new_tokens=max_new_tokens, rows=mine,
                                         progress=False, **how)
         rows = [row[0] for row in rows]
@@ -237,7 +248,8 @@ def train(
             **stats, **losses,
             "val/num_eos_tokens": int(ended.sum()),
             "val/missing_eos_rate": 1 - ended.float().mean().item(),
-            # The sampler's log-probabilities against ours: about 0, or it is off policy.
+            # The sampler's log-probabilities against ours, the worst token: about 0 in fp32 (bf16:
+            # some tenths, of rare tokens), or it is off policy.
             "val/sampler_gap": (sampled - data["logp"][data["mask"] > 0]).abs().max().item(),
             "lr": optimizer.param_groups[0]["lr"],
             "kl_coef": kl_coef,
@@ -301,7 +313,8 @@ def _accelerator(model, bf16):
     that an earlier stage of a notebook left carries that one's precision, hence is dropped."""
     AcceleratorState._reset_state()
     if bf16 == "auto":
-        bf16 = models.bf16_pays(model)
+        on_cpu = model.device.type == "cpu"
+        bf16 = models.bf16_pays(model, BF16_ABOVE if on_cpu else models.EAGER_BELOW)
     options = {"mixed_precision": "bf16"} if bf16 else {}
     launched = PartialState().num_processes > 1
     accelerator = Accelerator(

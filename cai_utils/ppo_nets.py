@@ -1,6 +1,6 @@
-"""The networks of PPO: policy and value model read at response tokens only, batches of like length,
-and how they are loaded. B: episodes, L: tokens of prompt and response, N: response tokens of a
-batch, flat.
+"""The networks of PPO: policy and value model read at response tokens only, batches of little
+padding, and how they are loaded. B: rows, L: tokens of a row (prompt and response, or several
+episodes), N: response tokens of a batch, flat.
 """
 
 import contextlib
@@ -25,15 +25,24 @@ SHARING_PAYS = 4e9
 SHARING_SHARE = 0.1
 
 
-def response_states(base, ids, at, share=True, pays=SHARING_PAYS):
+def is_small(model):
+    """A small model's pass costs more to begin than to compute: few and dense ones pay."""
+    return model.num_parameters() < models.EAGER_BELOW
+
+
+def response_states(base, ids, at, positions=None, share=True, pays=SHARING_PAYS):
     """Hidden states (N, H) of a causal base model at the flat places `at` (N,) of ids (B, L).
 
-    What all rows begin with, as the system prompt of a chat template, passes once: its keys and
-    values serve every row, and the rows' gradients meet there, so that nothing changes but the
-    order of sums (and the peak of memory, by up to one set of gradients of what learns: most
-    weights' are complete only after the beginning's backward). Where that saves less than `pays`,
-    or without `share`, rows pass whole.
+    With positions (B, L), which begin again with each episode, rows hold several episodes that do
+    not see each other. Without, what all rows begin with, as the system prompt of a chat template,
+    passes once: its keys and values serve every row, and the rows' gradients meet there, so that
+    nothing changes but the order of sums (and the peak of memory, by up to one set of gradients of
+    what learns: most weights' are complete only after the beginning's backward). Where that saves
+    less than `pays`, or without `share`, rows pass whole.
     """
+    if positions is not None:
+        hidden = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, at)
     rows, width = ids.shape
     shared = 0
     if share and rows > 1 and len(at):
@@ -65,8 +74,26 @@ def can_share(base, device):
             parts = response_states(base, ids, at, pays=0)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             return False  # hybrid and recurrent models fail in ways of their own
-    close = {"atol": 1e-4} if whole.dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
-    return torch.allclose(whole, parts, **close)
+    return _close(whole, parts)
+
+
+def can_pack(base, device):
+    """Whether episodes in one row, told apart by their positions alone, stay apart: transformers'
+    masks see to that for attention, nothing does for models that carry a state along a row."""
+    ids = torch.arange(8, device=device).repeat(2).view(4, 4).flip(1)
+    at, positions = torch.arange(16, device=device), torch.arange(4, device=device).repeat(2, 2)
+    with torch.no_grad():
+        whole = response_states(base, ids, at, share=False)
+        try:
+            packed = response_states(base, ids.view(2, 8), at, positions)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return False
+    return _close(whole, packed)
+
+
+def _close(x, y):
+    close = {"atol": 1e-4} if x.dtype.itemsize >= 4 else {"atol": 0.1, "rtol": 0.05}
+    return torch.allclose(x, y, **close)
 
 
 class ResponseLogprobs(nn.Module):
@@ -77,23 +104,30 @@ class ResponseLogprobs(nn.Module):
     def __init__(self, model, temperature):
         super().__init__()
         self.model, self.temperature, self.plain_head = model, temperature, True
+        # A small model's head in its weights' dtype under bf16, too: it costs little, and as each
+        # batch has its own number of states, a CPU would make a new bf16 kernel for each.
+        self.precise_head = is_small(model)
         self.share = can_share(model.base_model, model.device)
         ids = torch.arange(4, device=model.device)[None]
         with torch.no_grad():  # some architectures scale or cap their logits: then take theirs
-            whole = model(input_ids=ids).logits[0]
-            close = {"atol": 1e-4} if whole.dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
-            self.plain_head = torch.allclose(self._logits(ids, ids[0]), whole, **close)
+            self.plain_head = _close(self._logits(ids, ids[0]), model(input_ids=ids).logits[0])
 
-    def _logits(self, ids, at):
+    def _logits(self, ids, at, positions=None):
         if not self.plain_head:
-            return self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[at]
-        states = response_states(self.model.base_model, ids, at, self.share)
-        return self.model.get_output_embeddings()(states)
+            whole = self.model(input_ids=ids, position_ids=positions, use_cache=False)
+            return whole.logits.flatten(0, 1)[at]
+        states = response_states(self.model.base_model, ids, at, positions, self.share)
+        head = self.model.get_output_embeddings()
+        if not self.precise_head:
+            return head(states)
+        with torch.autocast(states.device.type, enabled=False):
+            return head(states.to(head.weight.dtype))
 
-    def forward(self, ids, at, targets, with_entropy=False):
-        """ids: (B, L); at: (N,) flat places in (B, L) whose next token is wanted; targets: (N,).
+    def forward(self, ids, at, targets, positions=None, with_entropy=False):
+        """ids: (B, L); at: (N,) flat places in (B, L) whose next token is wanted; targets: (N,);
+        positions: (B, L) where a row holds several episodes (`pack`).
         Returns log-probabilities (N,) and the distributions' entropies (N,) in nats, or None."""
-        logits = _precise(self._logits(ids, at)) / self.temperature
+        logits = _precise(self._logits(ids, at, positions)) / self.temperature
         logp = -nn.functional.cross_entropy(logits, targets, reduction="none")
         if not with_entropy:
             return logp, None
@@ -109,9 +143,11 @@ class ResponseValues(nn.Module):
         self.model, self.mean, self.std = model, 0.0, 1.0
         self.share = can_share(model.base_model, model.device)
 
-    def forward(self, ids, at):
-        """ids: (B, L); at: (N,) flat places in (B, L) -> values (N,)."""
-        rows = self.model.score(response_states(self.model.base_model, ids, at, self.share))
+    def forward(self, ids, at, positions=None):
+        """ids, positions: (B, L); at: (N,) flat places in (B, L) -> values (N,)."""
+        states = response_states(self.model.base_model, ids, at, positions, self.share)
+        with torch.autocast(states.device.type, enabled=False):  # one column costs nothing
+            rows = self.model.score(states.to(self.model.score.weight.dtype))
         return (_precise(rows.squeeze(-1)) - self.mean) / self.std
 
 
@@ -122,13 +158,15 @@ class Actor(nn.Module):
     def __init__(self, policy, value):
         super().__init__()
         self.policy, self.value = policy, value
+        self.packs = is_small(policy.model) and all(
+            can_pack(net.model.base_model, net.model.device) for net in (policy, value))
         # What FSDP wraps one by one: the layers, by the name that the models give them.
         self._no_split_modules = list(policy.model._no_split_modules or ())
 
-    def forward(self, ids, at, targets, with_entropy=False, with_values=True):
+    def forward(self, ids, at, targets, positions=None, with_entropy=False, with_values=True):
         """As the two above -> log-probabilities (N,), entropies (N,) or None, values or None."""
-        logp, entropy = self.policy(ids, at, targets, with_entropy)
-        return logp, entropy, self.value(ids, at) if with_values else None
+        logp, entropy = self.policy(ids, at, targets, positions, with_entropy)
+        return logp, entropy, self.value(ids, at, positions) if with_values else None
 
 
 def length_groups(lengths, max_tokens, max_padding=0.1):
@@ -148,33 +186,87 @@ def length_groups(lengths, max_tokens, max_padding=0.1):
     return groups
 
 
-def shares(lengths, max_tokens, process=0, processes=1):
-    """The passes of one process over its rows (every `processes`-th): [(indices, weight)].
+def packed_rows(lengths, max_tokens):
+    """Passes of dense rows: [[[index]]], indices of episodes by row and pass.
+
+    First fit, longest first, into rows of one width: the longest episode's, half more or twice
+    that, whichever takes the fewest tokens. A pass holds at most `max_tokens` of them (or one row).
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    widest = _multiple(lengths[order[0]])
+    found = []
+    for width in (widest, _multiple(widest * 3 // 2), 2 * widest):
+        if found and width > max_tokens:
+            break
+        rows, room = [], []
+        for i in order:
+            k = next((k for k, free in enumerate(room) if free >= lengths[i]), len(rows))
+            if k == len(rows):
+                rows.append([])
+                room.append(width)
+            rows[k].append(i)
+            room[k] -= lengths[i]
+        found.append((len(rows) * width, width, rows))
+    _, width, rows = min(found)
+    size = max(1, max_tokens // width)
+    return [rows[k : k + size] for k in range(0, len(rows), size)]
+
+
+def _multiple(length, of=8):
+    """Few widths: for each new shape of a product, some libraries make a kernel of its own."""
+    return -(-length // of) * of
+
+
+def shares(lengths, max_tokens, process=0, processes=1, packs=False):
+    """The passes of one process over its episodes (every `processes`-th): [(rows, weight)], rows
+    being lists of indices: one each, in passes of like length, or with `packs` several.
 
     All processes make the same number of passes, for their messages must meet: one with fewer
-    groups repeats the shortest row at weight 0. Every row has weight 1 in exactly one process.
+    repeats the shortest episode at weight 0. Every episode has weight 1 in exactly one process.
     """
-    def groups(rank):
+    def passes(rank):
         own = range(rank, len(lengths), processes)
-        found = length_groups([lengths[i] for i in own], max_tokens) if own else []
-        return [[own[i] for i in group] for group in found]
+        if not own:
+            return []
+        sizes = [lengths[i] for i in own]
+        found = packed_rows(sizes, max_tokens) if packs else [
+            [[i] for i in group] for group in length_groups(sizes, max_tokens)]
+        return [[[own[i] for i in row] for row in rows] for rows in found]
 
-    mine = groups(process)
-    most = max(len(mine), *(len(groups(r)) for r in range(processes) if processes > 1), 0)
-    idle = [([int(np.argmin(lengths))], 0.0)] * (most - len(mine))
-    return [(group, 1.0) for group in mine] + idle
+    mine = passes(process)
+    most = max(len(mine), *(len(passes(r)) for r in range(processes) if processes > 1), 0)
+    idle = [([[int(np.argmin(lengths))]], 0.0)] * (most - len(mine))
+    return [(rows, 1.0) for rows in mine] + idle
 
 
-def pack(episodes, device="cpu"):
-    """Episodes {"prompt_ids", "response_ids"} -> ids (B, L), right-padded, and, flat over their N
-    response tokens in order, `at` (the place in (B, L) that predicts a token) and the tokens."""
-    rows = [e["prompt_ids"] + e["response_ids"] for e in episodes]
+def pack(episodes, device="cpu", counts=None):
+    """Episodes {"prompt_ids", "response_ids"} -> ids (B, L), right-padded; flat over their N
+    response tokens in order, `at` (the place in (B, L) that predicts a token) and the tokens; and
+    positions (B, L), which begin again with each episode: None if no row holds more than one.
+
+    counts: (B,) how many episodes, in order, share each row; None: each has its own."""
+    counts = counts or [1] * len(episodes)
+    several, left = max(counts) > 1, iter(episodes)
+    rows, positions, starts = [], [], []
+    for k, count in enumerate(counts):
+        row, places = [], []
+        for e in (next(left) for _ in range(count)):
+            whole = e["prompt_ids"] + e["response_ids"]
+            starts.append((k, len(row) + len(e["prompt_ids"]) - 1))
+            row, places = row + whole, places + list(range(len(whole)))
+        rows.append(row)
+        positions.append(places)
     width = max(map(len, rows))
+    width = _multiple(width) if several else width
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    starts = [i * width + len(e["prompt_ids"]) - 1 for i, e in enumerate(episodes)]
+    starts = [k * width + place for k, place in starts]
     spans = zip(starts, episodes, strict=True)
     at = torch.cat([torch.arange(s, s + len(e["response_ids"])) for s, e in spans])
-    return ids.to(device), at.to(device), ids.flatten()[at + 1].to(device)
+    if several:  # not beyond the positions that a model has: padding tokens see but themselves
+        positions = torch.tensor([p + [0] * (width - len(p)) for p in positions])
+    targets = ids.flatten()[at + 1]
+    return (ids.to(device), at.to(device), targets.to(device),
+            positions.to(device) if several else None)
 
 
 def load(policy_spec, pm, *, device, micro_tokens, runs_dir, lora, seed):
@@ -207,6 +299,7 @@ def load(policy_spec, pm, *, device, micro_tokens, runs_dir, lora, seed):
             adapted = (get_peft_model(policy, sft.lora_config(lora, "CAUSAL_LM")),
                        get_peft_model(value_model, sft.lora_config(
                            lora, "SEQ_CLS", modules_to_save=["score"])))
+        value_model.score.float()  # it learns: peft leaves it in the dtype of the base
     return policy.eval(), value_model.eval(), scorer, tokenizer, adapted
 
 

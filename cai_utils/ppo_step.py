@@ -34,14 +34,14 @@ def evaluate(actor, reference, accelerator, batch, shaped, options, kl_coef, ite
     mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]).float()
     found = torch.zeros(4, *mask.shape, device=device)  # logp, entropy, reference's logp, values
     whole = [len(e["prompt_ids"]) + len(e["response_ids"]) for e in batch]
-    for index, weight in _shares(whole, options, accelerator):
-        ids, at, targets = pack([batch[i] for i in index], device)
-        own = actor(ids, at, targets, with_entropy=True)
+    for rows, weight in _shares(whole, options, accelerator, actor):
+        index, inputs = _inputs(batch, rows, device)
+        own = actor(*inputs, with_entropy=True)
         with accelerator.autocast():
-            ref = reference(ids, at, targets)
+            ref = reference(*inputs)
         if weight:
-            rows, columns = mask[index].nonzero(as_tuple=True)
-            places = torch.tensor(index, device=device)[rows], columns
+            which, columns = mask[index].nonzero(as_tuple=True)
+            places = torch.tensor(index, device=device)[which], columns
             for x, y in zip(found, (own[0], own[1], ref, own[2]), strict=True):
                 x[places] = y
     # A token is computed in one process and 0 in the others: the sum is exact.
@@ -74,12 +74,15 @@ def evaluate(actor, reference, accelerator, batch, shaped, options, kl_coef, ite
 def update(actor, optimizer, accelerator, batch, data, options, iteration):
     """Epochs of shuffled minibatches; returns metrics, means over the minibatches.
 
-    A minibatch is drawn at random and passes through the models in parts of like length, whose
-    gradients add up: little padding, and still no minibatch of short responses only. ValueError,
-    before the weights are touched, when a loss or a gradient is not finite."""
+    A minibatch is drawn at random and passes through the models in parts of little padding, whose
+    gradients add up: rows of like length, or of several episodes, and still no minibatch of short
+    responses only. ValueError, before the weights are touched, when a loss or a gradient is not
+    finite."""
     mask = data["mask"] > 0
     lengths = [len(e["prompt_ids"]) + len(e["response_ids"]) for e in batch]
     bare, world = accelerator.unwrap_model(actor), accelerator.num_processes
+    weights = {name: [w for w in getattr(bare, name).parameters() if w.requires_grad]
+               for name in ("policy", "value")}
     records, stopped = [], False
     for epoch in range(options["ppo_epochs"]):
         order = np.random.default_rng([options["seed"], iteration, epoch]).permutation(len(batch))
@@ -87,20 +90,20 @@ def update(actor, optimizer, accelerator, batch, data, options, iteration):
             chosen = order[start : start + options["minibatch"]]
             total = int(mask[chosen].sum())
             sums = torch.zeros(6, device=mask.device)
-            parts = _shares([lengths[i] for i in chosen], options, accelerator)
-            for k, (part, weight) in enumerate(parts):
-                index = chosen[part]
-                ids, at, targets = pack([batch[i] for i in index], mask.device)
+            parts = _shares([lengths[i] for i in chosen], options, accelerator, actor)
+            for k, (rows, weight) in enumerate(parts):
+                rows = [chosen[row].tolist() for row in rows]
+                index, inputs = _inputs(batch, rows, mask.device)
                 old = {name: x[index][mask[index]] for name, x in data.items()}
                 # Gradients are exchanged once a minibatch, with its last part.
                 accelerator.sync_gradients = last = k == len(parts) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(actor):
-                    logp, _, values = actor(ids, at, targets)
+                    logp, _, values = actor(*inputs)
                     pg, clipped = ppo_math.policy_loss(
                         logp, old["logp"], old["advantages"], old["mask"], options["clip"])
                     vf, vf_clipped = ppo_math.value_loss(
                         values, old["values"], old["returns"], old["mask"], options["vf_clip"])
-                    share = weight * len(at) / total
+                    share = weight * len(logp) / total
                     # Times `world`: the exchange takes the mean over processes, we want the sum.
                     accelerator.backward((pg + options["vf_coef"] * vf) * (share * world))
                 change = logp.detach() - old["logp"]
@@ -116,8 +119,7 @@ def update(actor, optimizer, accelerator, batch, data, options, iteration):
                 stopped = True
                 break
             for name in ("policy", "value"):  # apart: a large value loss must not shrink the other
-                weights = [w for w in getattr(bare, name).parameters() if w.requires_grad]
-                norm = accelerator.clip_grad_norm_(weights, options["max_grad_norm"])
+                norm = accelerator.clip_grad_norm_(weights[name], options["max_grad_norm"])
                 if norm is not None:  # DeepSpeed keeps it to itself
                     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
                     finite(norm, f"the gradient of the {name}", iteration)
@@ -133,6 +135,12 @@ def update(actor, optimizer, accelerator, batch, data, options, iteration):
     return {**table.mean().to_dict(), **extra, "val/minibatches": len(records)}
 
 
-def _shares(lengths, options, accelerator):
+def _shares(lengths, options, accelerator, actor):
     return shares(lengths, options["micro_tokens"], accelerator.process_index,
-                  accelerator.num_processes)
+                  accelerator.num_processes, accelerator.unwrap_model(actor).packs)
+
+
+def _inputs(batch, rows, device):
+    """Rows of indices -> (the indices in order, what the networks take)."""
+    index = [i for row in rows for i in row]
+    return index, pack([batch[i] for i in index], device, [len(row) for row in rows])

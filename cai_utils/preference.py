@@ -155,6 +155,7 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
     data = tokenize(rows, tokenizer, max_length)
     lengths = [max(len(c), len(r)) for c, r in
                zip(data["chosen_ids"], data["rejected_ids"], strict=True)]
+    models.attend_for_training(model, max(lengths))
     args = sft.training_arguments(
         RewardConfig, model, out_dir, rows=len(lengths), epochs=epochs, batch_size=batch_size,
         lr=lr, seed=seed, report_to=report_to, schedule=schedule, warmup=warmup,

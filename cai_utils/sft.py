@@ -167,6 +167,7 @@ def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4,
     model, tokenizer = load_for_training(spec_or_folder, "lm", runs_dir, lora)
     data = tokenize(rows, tokenizer, max_length)
     lengths = [len(ids) for ids in data["input_ids"]]
+    models.attend_for_training(model, max(lengths))
     args = training_arguments(
         SFTConfig, model, out_dir, rows=len(lengths), epochs=epochs, batch_size=batch_size, lr=lr,
         seed=seed, report_to=report_to, schedule=schedule, warmup=warmup, weight_decay=weight_decay,

@@ -68,11 +68,11 @@ def test_a_policy_and_a_value_model_for_ppo(folder):
         )
         talk = PROMPT + ROWS[0]["chosen"]
         ((prompt, answer),) = sft.encode([talk], tokenizer)
-        ids, at, targets = ppo_nets.pack([{"prompt_ids": prompt, "response_ids": answer}])
+        inputs = ppo_nets.pack([{"prompt_ids": prompt, "response_ids": answer}])
         actor = ppo_nets.Actor(ppo_nets.ResponseLogprobs(policy, 1.0),
                                ppo_nets.ResponseValues(value))
-        logp, entropy, values = actor(ids, at, targets, with_entropy=True)
-        plain = policy(input_ids=ids).logits[0].log_softmax(-1)
+        logp, entropy, values = actor(*inputs, with_entropy=True)
+        plain = policy(input_ids=inputs[0]).logits[0].log_softmax(-1)
         expected = [plain[len(prompt) - 1 + i, t].item() for i, t in enumerate(answer)]
         np.testing.assert_allclose(logp.detach(), expected, atol=1e-4)
         assert values.shape == (len(answer),) and (entropy > 0).all()

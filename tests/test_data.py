@@ -225,6 +225,33 @@ def test_slices_and_a_spec_for_each_split(hh_dir, tmp_path):
         data.load_prompts(f"{path}[10:]")
     with pytest.raises(ValueError, match="no spec for split 'train'"):
         data.load_prompts({"eval": path}, "train")
+    with pytest.raises(ValueError, match="one spec is wanted here, not one for each"):
+        data.load_questions(spec)
+
+
+@pytest.mark.parametrize("train, evaluation, common", [
+    ("[:5]", "[5:]", False), ("[:6]", "[5:]", True), ("[5:]", "[:5]", False), ("[2:4]", "", True),
+    ("", "", False), ("[3:4]", "[:4]", True), ("[:]", "[9:]", True),
+])
+def test_the_two_splits_of_one_file_have_no_rows_in_common(tmp_path, train, evaluation, common):
+    path = jsonl(tmp_path / "p.jsonl",
+                 [{"prompt": str(i), "split": ("train", "eval")[i % 2]} for i in range(10)])
+    spec = {"train": f"{path}{train}", "eval": f"{path}{evaluation}"}
+    for split in spec:
+        if common:
+            with pytest.raises(ValueError, match="train and eval may have rows in common"):
+                data.load_prompts(spec, split)
+        else:
+            assert data.load_prompts(spec, split)
+    other = jsonl(tmp_path / "q.jsonl", [{"prompt": "x"}])
+    assert data.load_prompts({"train": f"{path}[:5]", "eval": f"{other}[:5]"}, "train")
+
+
+@pytest.mark.parametrize("part", ["[-3:]", "[::2]", "[4]", "[a:b]"])
+def test_a_slice_that_cannot_be_read(tmp_path, part):
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": "x"}])
+    with pytest.raises(ValueError, match="a slice is .start:stop., whole numbers"):
+        data.load_prompts(f"{path}{part}")
 
 
 def test_xstest_prompts(tmp_path, monkeypatch):

@@ -39,16 +39,19 @@ def folder(tmp_path):
     return tmp_path / "m"
 
 
-def test_a_local_folder_as_language_model(folder):
+def test_a_local_folder_as_language_model(folder, monkeypatch):
     model, tokenizer = models.load(folder)
     assert isinstance(model, LlamaForCausalLM) and not model.training
     assert tokenizer.pad_token == "<e>" and tokenizer.padding_side == "left"
     assert model.config.pad_token_id == model.generation_config.pad_token_id == 1
-    expected = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     if not torch.cuda.is_available():
-        assert (model.device.type, model.dtype) == ("cpu", expected)
+        assert (model.device.type, model.dtype) == ("cpu", torch.float32)
         assert model.config._attn_implementation == "eager"
     assert models.load(folder, dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
+    for hardware, small, expected in ((True, 0, torch.bfloat16), (False, 0, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=hardware: has)
+        monkeypatch.setattr(models, "EAGER_BELOW", small)
+        assert models.load(folder, device="cpu")[0].dtype == expected
     again, _ = models.load(str(folder), dtype=torch.float64, device="cpu")
     assert again.dtype == torch.float64 and again.device.type == "cpu"
 

@@ -43,6 +43,17 @@ def test_snapshots_are_compared_by_step():
     assert set(table["measure"]) == {"text:refusal", "text:words"}
 
 
+def test_samples_of_two_kinds_may_share_an_id(capsys):
+    """Two files of prompts number their rows alike."""
+    said = [sample("0", "sl_cai", "Bad."),
+            {**sample("0", "sl_cai", "Good."), "kind": "helpful",
+             "prompt": [{"role": "user", "content": "Please?"}]}]
+    policies.show_samples(said, ["sl_cai"])
+    first, second = capsys.readouterr().out.strip().split("\n\n")
+    assert "How?" in first and "Bad." in first and "Good." not in first
+    assert "Please?" in second and "Good." in second and "Bad." not in second
+
+
 def test_an_unknown_method_is_named():
     with pytest.raises(ValueError, match="unknown method 'rl'; known: helpful_rlhf"):
         policies.method("rl")

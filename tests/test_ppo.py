@@ -251,6 +251,29 @@ def test_length_groups(lengths, max_tokens):
         assert waste <= 0.1 * padded or padded <= max_tokens // 4
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=60), st.integers(16, 500))
+def test_packed_rows(lengths, max_tokens):
+    passes = ppo_nets.packed_rows(lengths, max_tokens)
+    assert sorted(i for rows in passes for row in rows for i in row) == list(range(len(lengths)))
+    for rows in passes:
+        # Of one width, to the multiple of 8 that `pack` pads to.
+        width = -(-max(sum(lengths[i] for i in row) for row in rows) // 8) * 8
+        assert len(rows) == 1 or width * len(rows) <= max_tokens
+
+
+def test_rows_are_packed_as_densely_as_they_can_be():
+    (rows,) = ppo_nets.packed_rows([40, 24, 8, 16, 32], 2048)
+    assert len(rows) == 3 and sorted(map(sorted, rows)) == [[0], [1, 3], [2, 4]]
+    (rows,) = ppo_nets.packed_rows([32, 31, 30, 29], 2048)  # as many tokens two by two
+    assert rows == [[0], [1], [2], [3]]
+    (rows,) = ppo_nets.packed_rows([48, 24, 23, 24, 24, 48], 2048)
+    assert len(rows) == 4 and sorted(map(len, rows)) == [1, 1, 2, 2]
+    (rows,) = ppo_nets.packed_rows([48, 40, 32, 24], 2048)  # wider rows have less padding
+    assert sorted(map(sorted, rows)) == [[0, 3], [1, 2]]
+    assert len(ppo_nets.packed_rows([48, 40, 32, 24], 60)) == 4
+
+
 def test_prompts_are_drawn_once_a_pass():
     whole = [ppo._draw(10, 4, start, seed=3) for start in range(0, 40, 4)]
     whole = sum(whole, [])
@@ -304,7 +327,7 @@ def test_a_shared_beginning_passes_once_and_changes_nothing(kind, monkeypatch):
     assert ppo_nets.can_share(base, "cpu")
     system = [3, 4, 5, 6, 7]
     episodes = [{**e, "prompt_ids": system + e["prompt_ids"]} for e in EPISODES]
-    ids, at, _ = ppo.pack(episodes)
+    ids, at, *_ = ppo.pack(episodes)
     widths, passed = [], base.forward
     monkeypatch.setattr(base, "forward", lambda **how: (
         widths.append(tuple(how["input_ids"].shape)) or passed(**how)))
@@ -321,6 +344,58 @@ def test_a_shared_beginning_passes_once_and_changes_nothing(kind, monkeypatch):
         # The norms of Llama and Gemma compute in float32 whatever the model's dtype.
         close = {"atol": 1e-10, "rtol": 1e-8} if kind == "gpt2" else {"atol": 2e-5, "rtol": 1e-4}
         torch.testing.assert_close(plain, shared, **close)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_episodes_in_one_row_do_not_see_each_other(kind):
+    model = tiny(kind).double()
+    assert ppo_nets.can_pack(model.base_model, "cpu")
+    net = ppo.ResponseLogprobs(model, temperature=0.7)
+    ids, *_, positions = ppo.pack(EPISODES, counts=[2, 1])
+    assert ids.shape == positions.shape == (2, 16)
+    assert positions[0].tolist() == [*range(6), *range(7), 0, 0, 0]
+    assert positions[1].tolist() == [*range(6)] + [0] * 10
+    found = []
+    for counts in (None, [2, 1], [3]):
+        logp, entropy = net(*ppo.pack(EPISODES, counts=counts), with_entropy=True)
+        weights = torch.linspace(-1, 1, len(logp), dtype=logp.dtype)
+        grads = torch.autograd.grad((weights * (logp + entropy)).sum(), list(model.parameters()))
+        found.append([logp, entropy, *grads])
+    for packed in found[1:]:
+        for plain, other in zip(found[0], packed, strict=True):
+            torch.testing.assert_close(plain, other, atol=2e-5, rtol=1e-4)
+
+
+def test_padding_stays_within_the_positions_that_a_model_has():
+    lengths, config = [30, 30, 31, 27, 40], dict(vocab_size=21, n_embd=16, n_layer=1, n_head=2)
+    lm = GPT2LMHeadModel(GPT2Config(**config, n_positions=41, bos_token_id=1, eos_token_id=2))
+    (rows,) = ppo_nets.packed_rows(lengths, 2048)
+    episodes = [{"prompt_ids": [3] * (lengths[i] - 2), "response_ids": [4, 5]}
+                for row in rows for i in row]
+    ids, *rest = ppo.pack(episodes, counts=[len(row) for row in rows])
+    assert ids.shape[1] > 41  # a row is longer than an episode may be
+    logp, _ = ppo.ResponseLogprobs(lm.eval(), 1.0)(ids, *rest)
+    assert torch.isfinite(logp).all()
+
+
+def test_rows_are_not_packed_where_something_is_carried_along_them(monkeypatch):
+    base = tiny("llama").base_model
+    assert ppo_nets.can_pack(base, "cpu")
+    plain = base.forward
+
+    def sees_all(position_ids=None, **how):  # as a recurrent model does
+        return plain(**how)
+
+    monkeypatch.setattr(base, "forward", sees_all)
+    assert not ppo_nets.can_pack(base, "cpu")
+
+    def breaks(**how):
+        if "position_ids" in how:
+            raise TypeError("unexpected keyword position_ids")
+        return plain(**how)
+
+    monkeypatch.setattr(base, "forward", breaks)
+    assert not ppo_nets.can_pack(base, "cpu")
 
 
 def test_beginnings_are_not_shared_where_that_is_not_exact(monkeypatch):
@@ -369,7 +444,7 @@ def test_gradient_of_the_losses_by_finite_differences():
         pad_token_id=0)).double().eval()
     policy, value = ppo.ResponseLogprobs(lm, 0.8), ppo.ResponseValues(judge)
     value.mean, value.std = 0.1, 0.5
-    ids, at, targets = ppo.pack(EPISODES)
+    ids, at, targets, _ = ppo.pack(EPISODES)
     g = torch.Generator().manual_seed(0)
     noise = [torch.randn(len(at), generator=g, dtype=torch.float64) for _ in range(4)]
     with torch.no_grad():

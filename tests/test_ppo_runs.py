@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_ppo import PROMPTS, lab, run, steady  # noqa: F401 (lab is a fixture)
 
-from cai_utils import launch, models, online, ppo, ppo_nets, preference, sft
+from cai_utils import launch, models, online, ppo, ppo_nets, ppo_step, preference, sft
 from cai_utils.data import write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,12 +148,12 @@ def test_an_object_without_a_key_has_no_checkpoints_and_says_so(lab, tmp_path, c
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(16, 200),
-       st.integers(1, 5))  # fmt: skip
-def test_every_row_is_passed_exactly_once_in_as_many_passes(lengths, max_tokens, processes):
-    found = [ppo_nets.shares(lengths, max_tokens, p, processes) for p in range(processes)]
+       st.integers(1, 5), st.booleans())  # fmt: skip
+def test_every_row_is_passed_exactly_once_in_as_many_passes(lengths, max_tokens, processes, packs):
+    found = [ppo_nets.shares(lengths, max_tokens, p, processes, packs) for p in range(processes)]
     assert len({len(passes) for passes in found}) == 1
-    rows = [i for passes in found for group, weight in passes if weight for i in group]
-    assert sorted(rows) == list(range(len(lengths)))
+    done = [i for passes in found for rows, weight in passes if weight for row in rows for i in row]
+    assert sorted(done) == list(range(len(lengths)))
     assert {weight for passes in found for _, weight in passes} <= {0.0, 1.0}
 
 
@@ -234,6 +234,29 @@ def test_a_config_file_starts_a_run(lab, tmp_path):  # noqa: F811
         "iterations": 1, "episodes": 8, "minibatch": 8, "max_new_tokens": 4, "print_every": 0}))
     launch.main("cai_utils.ppo", "train", [str(config)])
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_episodes_in_one_row_train_as_episodes_of_their_own(lab, tmp_path, monkeypatch):  # noqa: F811
+    how = dict(lr=1e-3, iterations=2, episodes=15, minibatch=8, max_new_tokens=6, print_every=0,
+               missing_eos_penalty=0.5, seed=2, snapshot_every=0, micro_tokens=60)  # fmt: skip
+    rows, pack = [], ppo_nets.pack
+
+    def counted(episodes, device, counts):
+        rows.append(max(counts))
+        return pack(episodes, device, counts)
+
+    monkeypatch.setattr(ppo_step, "pack", counted)
+    packed = ppo.train(lab / "policy", lab / "pm", PROMPTS, tmp_path / "packed", **how)
+    assert max(rows) > 1
+    rows.clear()
+    monkeypatch.setattr(ppo_nets, "can_pack", lambda *_: False)
+    plain = ppo.train(lab / "policy", lab / "pm", PROMPTS, tmp_path / "plain", **how)
+    assert max(rows) == 1
+    same = [c for c in plain if not c.startswith(("time/", "eps", "tokens_per_second"))]
+    np.testing.assert_allclose(packed[same], plain[same], rtol=2e-3, atol=2e-4)
+    before, after = weights(tmp_path / "plain"), weights(tmp_path / "packed")
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, atol=1e-4, rtol=1e-3)
 
 
 # --- LoRA, precision, accumulation -----------------------------------------------------------

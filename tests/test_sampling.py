@@ -197,7 +197,9 @@ def test_stop_strings_and_finish_reasons(llama):
             before = TOKENIZER.decode(b.token_ids[:-1], skip_special_tokens=True)
             assert not any(s in before for s in stop)
         else:
-            assert b == a
+            # Rows that stop leave the batch, and some CPUs sum a smaller one in another order.
+            assert (b.token_ids, b.text, b.finish_reason) == (a.token_ids, a.text, a.finish_reason)
+            assert b.logprobs == pytest.approx(a.logprobs, abs=1e-4)
             eos = b.token_ids[-1] == 2
             assert b.finish_reason == ("eos" if eos else "length")
             assert eos or k == 24
