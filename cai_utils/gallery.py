@@ -98,7 +98,14 @@ FIGURES = [
         [
             ("published_differences", "differences on the same prompts"),
             ("refusal_agreement", "how refusals are read, against XSTest's human labels"),
+            ("published_elo", "Elo by PMs and judges, helpful RLHF at 0"),
         ],
+    ),
+    (
+        "published_revisions",
+        "The paper's published chains: scores by number of revisions",
+        "Harmlessness rises with every revision (Figure 5).",
+        [("published_revision_differences", "change of the score with a revision")],
     ),
     ("pretraining_curves", "Pretraining of the series", "", []),
 ]

@@ -94,7 +94,9 @@ def update(actor, optimizer, accelerator, batch, data, options, iteration):
             for k, (rows, weight) in enumerate(parts):
                 rows = [chosen[row].tolist() for row in rows]
                 index, inputs = _inputs(batch, rows, mask.device)
-                old = {name: x[index][mask[index]] for name, x in data.items()}
+                index = torch.tensor(index, device=mask.device)
+                own = mask[index]
+                old = {name: x[index][own] for name, x in data.items()}
                 # Gradients are exchanged once a minibatch, with its last part.
                 accelerator.sync_gradients = last = k == len(parts) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(actor):
