@@ -192,7 +192,7 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=N
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if device.type == "cpu" and model.num_parameters() < EAGER_BELOW:
+    if device.type == "cpu" and is_small(model):
         model.set_attn_implementation("eager")
     return (model if quantized else model.to(device)).eval(), tokenizer
 
@@ -205,6 +205,11 @@ def load_tokenizer(spec, runs_dir=None):
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"{spec}: no tokenizer could be loaded ({reason})") from error
+
+
+def is_small(model):
+    """Whether the time of a pass goes into its many operations rather than into its products."""
+    return model.num_parameters() < EAGER_BELOW
 
 
 def bf16_pays(model, above=EAGER_BELOW):
@@ -236,8 +241,8 @@ def _dtype(dtype, device, config):
     if not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
     with torch.device("meta"):  # nothing is allocated: what the weights will be, not their values
-        weights = AutoModelForCausalLM.from_config(config).num_parameters()
-    return torch.bfloat16 if weights > EAGER_BELOW else torch.float32
+        small = is_small(AutoModelForCausalLM.from_config(config))
+    return torch.float32 if small else torch.bfloat16
 
 
 def _quantized(quantize, device):

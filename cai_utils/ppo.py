@@ -132,7 +132,7 @@ def train(
     whole, adapted_whole = copy.deepcopy((model, adapted)) if sharded else (model, adapted)
     sampler = Sampler(whole, tokenizer)
     # Not a small model on a CPU: its steps of decoding have a new shape each, hence a new kernel.
-    plain = device.type == "cpu" and ppo_nets.is_small(model)
+    plain = device.type == "cpu" and models.is_small(model)
     decoding = contextlib.nullcontext if plain else accelerator.autocast
     frozen = None if adapted else copy.deepcopy(policy).requires_grad_(False)
     rates = (lr, lr if value_lr is None else value_lr)

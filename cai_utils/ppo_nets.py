@@ -25,11 +25,6 @@ SHARING_PAYS = 4e9
 SHARING_SHARE = 0.1
 
 
-def is_small(model):
-    """A small model's pass costs more to begin than to compute: few and dense ones pay."""
-    return model.num_parameters() < models.EAGER_BELOW
-
-
 def response_states(base, ids, at, positions=None, share=True, pays=SHARING_PAYS):
     """Hidden states (N, H) of a causal base model at the flat places `at` (N,) of ids (B, L).
 
@@ -106,7 +101,7 @@ class ResponseLogprobs(nn.Module):
         self.model, self.temperature, self.plain_head = model, temperature, True
         # A small model's head in its weights' dtype under bf16, too: it costs little, and as each
         # batch has its own number of states, a CPU would make a new bf16 kernel for each.
-        self.precise_head = is_small(model)
+        self.precise_head = models.is_small(model)
         self.share = can_share(model.base_model, model.device)
         ids = torch.arange(4, device=model.device)[None]
         with torch.no_grad():  # some architectures scale or cap their logits: then take theirs
@@ -158,7 +153,8 @@ class Actor(nn.Module):
     def __init__(self, policy, value):
         super().__init__()
         self.policy, self.value = policy, value
-        self.packs = is_small(policy.model) and all(
+        # A small model's pass costs more to begin than to compute: few and dense ones pay.
+        self.packs = models.is_small(policy.model) and all(
             can_pack(net.model.base_model, net.model.device) for net in (policy, value))
         # What FSDP wraps one by one: the layers, by the name that the models give them.
         self._no_split_modules = list(policy.model._no_split_modules or ())
