@@ -1,7 +1,8 @@
 """One batch of token ids -> token ids: the loop under ``sampling.py``.
 
 Everything here works on prompts as lists of ids. A batch is padded on the left, so that its newest
-tokens share a column of the key/value cache, which is allocated once per batch.
+tokens share a column of the key/value cache, which is allocated once per batch (a large one on a
+CPU: a few columns ahead, see ``kvcache.room``).
 
 A beginning that many prompts of a call share (few-shot examples) is computed once, and its keys
 and values are copied into the rows before their own tokens are computed. It needs no special mask:
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from .kvcache import Layer, memory_budget, shared_beginnings
+from .kvcache import Layer, bytes_per_token, memory_budget, room, shared_beginnings
 from .models import check_causal
 
 # Architectures whose attention takes a ready-made additive mask in every layer. It is built once
@@ -51,7 +52,8 @@ class Engine:
         self.n_layers, self.n_heads = config.num_hidden_layers, config.num_attention_heads
         self.vocab_size = config.vocab_size
         self.context = getattr(config, "max_position_embeddings", None)
-        self.batch_tokens = batch_tokens or memory_budget(model, config)
+        self._token_bytes = bytes_per_token(model, config)
+        self.batch_tokens = batch_tokens or memory_budget(model.device, self._token_bytes)
         self._shared, self._prefixes = {}, OrderedDict()
         self._mask_once = (
             config.model_type in _MASK_ONCE
@@ -70,10 +72,10 @@ class Engine:
         to a stop string (None: there is none yet).
         Returns a list of ids and one of log-probabilities per row, and {row: text} of those cut.
         """
-        logits, cache, pad = self._prefill(prompts, extra=max(limits))
+        rows, steps, width = len(prompts), max(limits), max(map(len, prompts))
+        ahead = room(steps, rows * (width + steps) * self._token_bytes, self.model.device)
+        logits, cache, pad = self._prefill(prompts, extra=ahead)
         device = logits.device
-        steps = max(limits)
-        rows, width = len(prompts), cache.layers[0].length
         mask = self._mask(pad, width + steps - 1, 1)
         limits = torch.tensor(limits, device=device)
         if uniforms is not None:

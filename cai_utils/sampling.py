@@ -7,8 +7,9 @@ CUDA. How it works:
   batch is padded on the left, each distinct prompt is prefilled once, and its keys and values are
   spread over its samples; a beginning that prompts share is computed once too, where that pays.
 - A batch that memory has no room for is halved, and the work goes on.
-- Decoding writes into a key/value cache that is allocated once per batch. Rows that have finished
-  leave the batch as soon as they make up a fifth of it.
+- Decoding writes into a key/value cache that is allocated once per batch, or for a large one
+  on a CPU a few columns ahead. Rows that have finished leave the batch as soon as they make up a
+  fifth of it.
 - Randomness is counted, not drawn: completion ``s`` of input ``r`` owns the uniforms of the Philox
   stream keyed by (seed, r, s), and each token inverts the model's CDF at the next of them. So the
   same seed gives the same text whatever the batch size, the order of work or ``n``, up to the

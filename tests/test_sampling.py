@@ -21,6 +21,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from cai_utils import kvcache
 from cai_utils.engine import _pick
 from cai_utils.sampling import Completion, Sampler
 
@@ -98,13 +99,19 @@ def reference(model, prompt, max_new_tokens):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_greedy_is_generate(kind, attention):
+@pytest.mark.parametrize("growing", [False, True])
+def test_greedy_is_generate(kind, attention, growing, monkeypatch):
+    grown, grow = [], kvcache.Layer._grow
+    monkeypatch.setattr(kvcache.Layer, "_grow", lambda *a: grown.append(a) or grow(*a))
+    if growing:
+        monkeypatch.setattr(kvcache, "_LARGE", 0)
     model = make_model(kind, attention)
     got = Sampler(model, TOKENIZER, batch_tokens=150).generate(
         PROMPTS, temperature=0, max_new_tokens=20
     )
     for prompt, (completion,) in zip(PROMPTS, got, strict=True):
         assert completion.token_ids == reference(model, prompt, 20), prompt
+    assert bool(grown) == growing
 
 
 def test_greedy_is_generate_on_a_padded_batch(llama):
