@@ -15,7 +15,7 @@ from snakemake.exceptions import WorkflowError
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 
-from cai_utils.params import GRID, check_profile, read_params
+from cai_utils.params import GRID, check_profile, declared, read_params
 from cai_utils.provenance import modules_of, notebook_cells
 
 # What each notebook needs before it: the models and rows that those hand on.
@@ -48,6 +48,7 @@ FIRST = {"03_critique_revision": 3, "07_sl_cai": 3, "08_ai_feedback": 3, "09_rl"
 try:
     PROFILE = check_profile(ROOT, str(config.get("profile", "miniature")))
     FILES = {p.stem: p for p in sorted((ROOT / "params" / PROFILE).glob("[0-9]*.yaml"))}
+    COMMON = read_params(ROOT / "params" / PROFILE / "_common.yaml")
     GRIDS = {name: read_params(path).get(GRID) or {} for name, path in FILES.items()}
     for name, path in FILES.items():
         if name not in NEEDS:
@@ -90,7 +91,9 @@ def inputs(notebook):
 def upstream(notebook, point):
     """Executed notebooks that come first. One that the profile leaves out passes on its own."""
     waiting, first = list(NEEDS_BY_METHOD.get(point.get("method"), NEEDS[notebook])), []
-    if read_params(FILES[notebook]).get("pms"):  # PMs that score its samples
+    values = {**COMMON, **read_params(FILES[notebook])}
+    if values.get("pms") and "pms" in declared(ROOT / "notebooks" / f"{notebook}.ipynb"):
+        # PMs that score its samples
         waiting.append("02_preference_models")
     while waiting:
         other = waiting.pop()

@@ -53,7 +53,10 @@ def lab(tmp_path_factory):
         own = GRID if name == "09_rl" else ""
         (root / "params" / "miniature" / f"{name}.yaml").write_text(own)
         book = nbformat.v4.new_notebook()
-        cell = nbformat.v4.new_code_cell('profile = "miniature"\nmethod = ""\nsize = ""\n')
+        cell = nbformat.v4.new_code_cell(
+            'profile = "miniature"\nmethod = ""\nsize = ""\n'
+            + "pms = {}\n" * (name in ("07_sl_cai", "09_rl"))
+        )
         cell.metadata.tags = ["parameters"]
         # In a function, as this is about who imports what; torch would only take time.
         body = (
@@ -141,12 +144,15 @@ def test_every_notebook_has_its_jobs_and_waits_for_what_it_builds_on(lab):
     assert not any("cai_utils/runs.py" in files for files in inputs.values())
 
 
-def test_pms_that_score_samples_have_to_be_there_first(lab):
-    own = lab / "params" / "miniature" / "07_sl_cai.yaml"
-    own.write_text("pms: {harmlessness: pm_harmless}\n")
+@pytest.mark.parametrize("file", ["07_sl_cai", "_common"])
+def test_pms_that_score_samples_have_to_be_there_first(lab, file):
+    own = lab / "params" / "miniature" / f"{file}.yaml"
+    kept = own.read_text()
+    own.write_text(kept + "pms: {harmlessness: pm_harmless}\n")
     waits = before(dry_run_details(lab))
-    own.write_text("")
+    own.write_text(kept)
     assert waits["07_sl_cai"] == {"02_preference_models", "03_critique_revision"}
+    assert waits["03_critique_revision"] == {"00_miniature"}  # it has no such parameter
 
 
 def test_only_what_is_out_of_date_is_run_again(lab):
