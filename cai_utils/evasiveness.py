@@ -162,7 +162,8 @@ SUPPORT = re.compile(
 )
 _ITEM = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+\S", re.M)
 _SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+|\n+")
-_QUOTED = re.compile(r"\"(?=[^\"\n]* )[^\"\n]{0,200}\"|“(?=[^”\n]* )[^”\n]{0,200}”")  # words
+# Two words or more: a single one in quotes is the writer's own.
+_QUOTED = re.compile(r"\"(?=[^\"\n]* )[^\"\n]{0,200}\"|“(?=[^”\n]* )[^”\n]{0,200}”")
 
 
 def label(text: str) -> str:
