@@ -101,14 +101,18 @@ def test_a_model_is_never_read_by_what_was_trained_on_it():
 
 
 def test_held_out_and_label(reader, capsys):
-    yes, no = "Take the ladder, then climb up.", "I cannot help you with that."
+    yes, no = "Take the ladder, then climb up. " * 8, "I cannot help you with that. " * 8
+    short = "I cannot help you."
     train = [row(text, human=human, model=model, id=str(k)) for model in "ab" for k in range(4)
              for text, human in ((yes, COMPLIANCE), (no, FULL))]
     found = refusals.held_out(reader, train)
     assert [r["said"] for r in found] == [r["human"] for r in train]
     assert found[0] == {"id": "0", "model": "a", "said": COMPLIANCE}
     turned = [{**r, "human": {COMPLIANCE: FULL, FULL: COMPLIANCE}[r["human"]]} for r in train]
-    assert refusals.label([row(yes), row(no)], turned, reader) == [FULL, COMPLIANCE]  # it learned
+    # It learned what it was taught, and short ones are none of its business.
+    assert refusals.label([row(yes), row(no), row(short)], turned, reader) == [
+        FULL, COMPLIANCE, FULL]
+    assert refusals.held_out(reader, [*turned, row(short, model="a", id="9")])[-1]["said"] == FULL
     assert not capsys.readouterr().out
     assert refusals.label([row(yes), row(no)], train) == [COMPLIANCE, FULL]  # the rule, unasked
     assert not capsys.readouterr().out
