@@ -134,6 +134,7 @@ def room(steps, size, device):
 
 
 def bytes_per_token(model, config):
+    """Bytes of one token's keys and values in all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
