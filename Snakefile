@@ -57,6 +57,11 @@ try:
             raise ValueError(f"{path} is there, but notebooks/{name}.ipynb is not")
     if not FILES:
         raise ValueError(f"params/{PROFILE}/ has no file NN_notebook.yaml: nothing to run")
+    SCORED = [  # notebooks with PMs that score their samples
+        name for name, path in FILES.items()
+        if {**COMMON, **read_params(path)}.get("pms")
+        and "pms" in declared(ROOT / "notebooks" / f"{name}.ipynb")
+    ]
 except ValueError as error:
     raise WorkflowError(str(error)) from None
 
@@ -91,9 +96,7 @@ def inputs(notebook):
 def upstream(notebook, point):
     """Executed notebooks that come first. One that the profile leaves out passes on its own."""
     waiting, first = list(NEEDS_BY_METHOD.get(point.get("method"), NEEDS[notebook])), []
-    values = {**COMMON, **read_params(FILES[notebook])}
-    if values.get("pms") and "pms" in declared(ROOT / "notebooks" / f"{notebook}.ipynb"):
-        # PMs that score its samples
+    if notebook in SCORED:
         waiting.append("02_preference_models")
     while waiting:
         other = waiting.pop()

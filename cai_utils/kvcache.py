@@ -13,7 +13,7 @@ _SHARE_PART = 1 / 16  # of its prompts' tokens: below it, copying costs what com
 
 
 class Layer(CacheLayerMixin):
-    """Keys and values of one layer, (rows, heads, columns, head size)."""
+    """Keys and values of one layer, (rows, heads, columns, head size); a full one grows."""
 
     is_sliding = False
 
@@ -126,8 +126,8 @@ def room(steps, size, device):
 
     All of them, except for a cache that leaves the caches of a CPU: there a step is bound by the
     reading of keys and values, which free columns between one head's and the next slow down 2.2
-    times (from four of 128 bytes on, measured: the prefetcher starts anew). Room for four at a time
-    costs a copy every four steps.
+    times (from four of 128 bytes on, measured: the prefetcher starts anew). Room for four at a
+    time, tuned for columns of that size, costs a copy every four steps.
     """
     large = device.type == "cpu" and size > _LARGE
     return min(steps, _ROOM) if large else steps

@@ -4,22 +4,25 @@ hidden states. The written rule of `evasiveness` needs no training; this needs l
 A response's features are the hidden states of any causal LM a little past its middle (DEPTH), where
 words have become meaning and not yet the next token, averaged over the response's first OPENING
 tokens, read behind its prompt. A softmax regression (L2 penalty, no other tuning) maps them to the
-three labels. 450 responses of one model are enough to train it: minutes on a CPU.
+three labels. It is trained in minutes on a CPU.
 
 A response of at most SHORT words has little to average, and the models that it is trained on may
 have none like it: those are read by the rule. Without that, what was trained on four of XSTest's
 models called 182 of the 211 refusals of the fifth, GPT-4, compliance: "I'm sorry, but I can't
-assist with that." And it took HH RLHF's short evasions, in the paper's samples, for answers.
+assist with that." And it took HH RLHF's short evasions, in the paper's samples, for partial
+refusals or answers. What the numbers below say of GPT-4, with 208 short responses of 450, is mostly
+the rule's doing.
 
 It is trained when it is needed, from the completions that `published.load_completions` finds, and
 **judged on models that it was not trained on** alone (`leave_one_model_out`): responses of one
 model resemble each other, and a reader that has seen a model's phrases is not tested by them. With
 SmolLM2-135M and four models to train on, the kappa of full refusals against the rest on the fifth
 is .78 to .91, of any refusal against compliance .84 to .95 (two annotators: .91 to .99); with one
-to train on it is .54 to .63 and .70 to .85.
+to train on, and no rule, it was .54 to .63 and .70 to .85.
 
 DEPTH, OPENING and PENALTY were chosen by training on Mistral-Instruct and looking at Llama2 with
-its original system prompt, SHORT after seeing GPT-4's; it is a constant that was there before.
+its original system prompt; SHORT, a constant that was there before, after seeing GPT-4's, which
+therefore is no test of it.
 LOG.md has the numbers and how often each model was looked at.
 """
 

@@ -137,7 +137,7 @@ DATA = os.environ.get("CAI_DATA_DIR")
     [
         (
             "01_harm_identification",
-            ["n_questions=5", "long_limit=1", "cot_tokens=32"],
+            ["n_questions=5", "long_limit=1", "many_limit=1", "cot_tokens=32"],
             "fig04_harm_identification",
         ),
         (

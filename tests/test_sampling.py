@@ -125,6 +125,23 @@ def test_greedy_is_generate_on_a_padded_batch(llama):
         assert row[:k] == completion.token_ids and set(row[k:]) <= {0}
 
 
+def test_a_cache_that_grows_gives_the_same_when_rows_leave_early(llama, monkeypatch):
+    how = dict(temperature=1.0, max_new_tokens=30, n=3, seed=5, stop=["a", "\n"])
+    whole = Sampler(llama, TOKENIZER).generate(PROMPTS, **how)
+    monkeypatch.setattr(kvcache, "_LARGE", 0)
+    grown = Sampler(llama, TOKENIZER).generate(PROMPTS, **how)
+    assert [[c.token_ids for c in row] for row in grown] == [
+        [c.token_ids for c in row] for row in whole]
+    lengths = {len(c.token_ids) for row in whole for c in row}
+    assert min(lengths) < 5 and max(lengths) > 10, lengths
+
+
+def test_room_ahead():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert kvcache.room(60, 2**20, cpu) == kvcache.room(60, 2**30, cuda) == 60
+    assert kvcache.room(60, 2**30, cpu) == 4 and kvcache.room(3, 2**30, cpu) == 3
+
+
 def with_next_token_distribution(p):
     """A Llama whose next token has the distribution p whatever came before."""
     model = make_model("llama")
