@@ -15,7 +15,7 @@ from snakemake.exceptions import WorkflowError
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 
-from cai_utils.params import GRID, check_profile, declared, read_params
+from cai_utils.params import GRID, check_profile, merge_params, read_params
 from cai_utils.provenance import modules_of, notebook_cells
 
 # What each notebook needs before it: the models and rows that those hand on.
@@ -48,7 +48,6 @@ FIRST = {"03_critique_revision": 3, "07_sl_cai": 3, "08_ai_feedback": 3, "09_rl"
 try:
     PROFILE = check_profile(ROOT, str(config.get("profile", "miniature")))
     FILES = {p.stem: p for p in sorted((ROOT / "params" / PROFILE).glob("[0-9]*.yaml"))}
-    COMMON = read_params(ROOT / "params" / PROFILE / "_common.yaml")
     GRIDS = {name: read_params(path).get(GRID) or {} for name, path in FILES.items()}
     for name, path in FILES.items():
         if name not in NEEDS:
@@ -57,11 +56,8 @@ try:
             raise ValueError(f"{path} is there, but notebooks/{name}.ipynb is not")
     if not FILES:
         raise ValueError(f"params/{PROFILE}/ has no file NN_notebook.yaml: nothing to run")
-    SCORED = [  # notebooks with PMs that score their samples
-        name for name, path in FILES.items()
-        if {**COMMON, **read_params(path)}.get("pms")
-        and "pms" in declared(ROOT / "notebooks" / f"{name}.ipynb")
-    ]
+    # Notebooks with PMs that score their samples.
+    SCORED = {name for name in FILES if merge_params(ROOT, name, PROFILE).get("pms")}
 except ValueError as error:
     raise WorkflowError(str(error)) from None
 

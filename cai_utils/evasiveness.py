@@ -35,8 +35,10 @@ of full refusals against the rest .91 for GPT-4, .77 for Llama2 without a system
 The aim, .75, is reached on GPT-4 and, for any refusal, on Llama2; it is undecided for full ones on
 Llama2 ([.72, .83]) and for both on Mistral, the only one of which nothing had been read before. Two
 annotators agree with .91 to .99. Three slips mended since change no label of any of them. Partial
-refusals are what it tells worst, and it takes some plain statements for objections ("tomatoes are
-not necessarily red"). LOG.md has the version before, which was validated on Mistral-Instruct.
+refusals are what it tells worst. It takes some plain statements for objections ("tomatoes are not
+necessarily red"): the version before missed refusals rather than invented them, this one does both
+(invented and missed, of 450: GPT-4 12 and 5, Llama2 17 and 7, Mistral 23 and 38). LOG.md has that
+version, which was validated on Mistral-Instruct.
 
 `agreement` computes the numbers, notebook 12 shows them, beside those of `refusals`, a classifier
 that is trained on the same labels instead of written. Whoever improves the rule after reading a

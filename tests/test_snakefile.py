@@ -56,6 +56,7 @@ def lab(tmp_path_factory):
         cell = nbformat.v4.new_code_cell(
             'profile = "miniature"\nmethod = ""\nsize = ""\n'
             + "pms = {}\n" * (name in ("07_sl_cai", "09_rl"))
+            + "n = 0\n" * (name == "06_critique_ablation")
         )
         cell.metadata.tags = ["parameters"]
         # In a function, as this is about who imports what; torch would only take time.
