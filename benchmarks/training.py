@@ -14,8 +14,10 @@ import measure
 import sampling
 import torch
 
-from cai_utils import data, dialogue, models, preference
-from cai_utils.provenance import repo_root
+from cai_utils import dialogue
+from cai_utils.data import comparisons, load
+from cai_utils.experiment.files import repo_root
+from cai_utils.lm import models
 
 TRL = "trl==1.12.0"
 
@@ -172,14 +174,14 @@ def pm_smollm2(rounds, quick):
 def real_comparisons(count, tokenizer, longest):
     """Rows of hh-rlhf, ragged as they are, without the rotten ones and those longer than `longest`
     tokens, which ours would cut and trl would leave out."""
-    rows = data.load_comparisons("hh-rlhf/harmless-base/test", limit=6 * count, seed=0)
+    rows = load.load_comparisons("hh-rlhf/harmless-base/test", limit=6 * count, seed=0)
 
     def fits(row):
         talks = (dialogue.render(row["prompt"] + row[side], tokenizer, False)
                  for side in ("chosen", "rejected"))
         return all(len(tokenizer(talk)["input_ids"]) < longest for talk in talks)
 
-    return [r for r in preference.check(rows, on_bad="skip") if fits(r)][:count]
+    return [r for r in comparisons.check(rows, on_bad="skip") if fits(r)][:count]
 
 
 BENCHES = {

@@ -43,7 +43,7 @@ class Gate:
 
 
 def ppo_ours(s):
-    from cai_utils import ppo
+    from cai_utils.rl import ppo
 
     prompts, gate = asked(s), Gate(s)
     rows = [p["messages"] for p in prompts]

@@ -21,7 +21,6 @@ published JSON files of the paper (principles and few-shot prompts) are read as 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -30,8 +29,12 @@ from pathlib import Path
 import yaml
 
 from cai_utils import dialogue
+from cai_utils.data.paper_prompts import READERS
+from cai_utils.seeds import stable_int
 
 FOLDER = Path(__file__).parent / "constitutions"
+
+
 _FIELDS = {  # section -> (required fields, optional fields)
     "critiques": (("id", "critique_request", "revision_request"), ()),
     "comparisons": (("id", "principle"), ()),
@@ -41,6 +44,8 @@ _FIELDS = {  # section -> (required fields, optional fields)
     "comparison": (("prompt", "a", "b", "answer"), ("principle",)),
     "comparison_cot": (("prompt", "a", "b", "answer", "reasoning"), ("principle",)),
 }
+
+
 _SHOTS = ("critique", "comparison", "comparison_cot")
 
 
@@ -66,30 +71,20 @@ def load(name_or_path) -> Constitution:
     if not re.fullmatch(r"[\w-]+", name) or not path.exists():
         path = Path(name)
     if path.is_dir():
-        return _published(path, [f for f in _PUBLISHED if (path / f).exists()])
+        return _published(path, [f for f in READERS if (path / f).exists()])
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
         raise FileNotFoundError(
             f"no constitution {name!r}: give one of {known}, a YAML file, or a folder with the "
             "paper's JSON files"
         )
-    if path.name in _PUBLISHED:
+    if path.name in READERS:
         return _published(path.parent, [path.name])
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     return _check(data, path)
-
-
-def stable_int(*key, bits: int = 31) -> int:
-    """A non-negative integer below 2**bits from any printable key, the same on every machine.
-
-    All the seeds and draws of the stages come from it, so that each (seed, row, step) has a stream
-    of its own.
-    """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
-    return int.from_bytes(digest, "big") >> (128 - bits)
 
 
 def draw(
@@ -203,108 +198,10 @@ def _messages(prompt, where) -> list[dict]:
     return messages
 
 
-# The paper's files: one reader for each, JSON -> (section, entries).
-
-
-def _critiques(data, path):
-    entries = []
-    for name, item in data.items():
-        for key in ("prompt", "edit_request"):
-            if not item.get(key):
-                raise ValueError(f"{path}: principle {name!r}: missing field '{key}'")
-        ask = item["prompt"][0] if isinstance(item["prompt"], list) else item["prompt"]
-        entries.append({
-            "id": name,
-            "critique_request": _between(ask, "CritiqueRequest:", "Critique:", path, name),
-            "revision_request": _between(
-                item["edit_request"], "RevisionRequest:", "Revision:", path, name
-            ),
-        })
-    return "critiques", entries
-
-
-def _between(text, start, end, path, name):
-    text = text.strip()
-    if not (text.startswith(start) and text.endswith(end)):
-        raise ValueError(f"{path}: principle {name!r}: expected '{start} ... {end}'")
-    return text[len(start) : -len(end)].strip()
-
-
-def _comparisons(data, path):
-    return "comparisons", [
-        {"id": f"comparison{i}", "principle": text.strip()} for i, text in enumerate(data)
-    ]
-
-
-def _critique_shots(data, path):
-    pattern = re.compile(
-        r"(?P<talk>.*)\n\nCritiqueRequest: (?P<critique_request>.*)\n\nCritique: (?P<critique>.*)"
-        r"\n\nRevisionRequest: (?P<revision_request>.*)\n\nRevision: (?P<revision>.*)",
-        re.DOTALL,
-    )
-    entries = []
-    for i, text in enumerate(data):
-        # Most examples end with the opening of a next human turn, which only marks their end.
-        match = pattern.fullmatch(text.strip().removesuffix("\n\nHuman:"))
-        if match is None:
-            raise ValueError(f"{path}: example {i} is not a critique and revision as published")
-        entry = match.groupdict()
-        *prompt, last = dialogue.parse_transcript(entry.pop("talk"))
-        entries.append({"prompt": prompt, "response": last["content"], **entry})
-    return "critique", entries
-
-
-def _comparison_shots(data, path):
-    # Published as a better and a worse response; the letters alternate so that neither is favoured.
-    entries = []
-    for i, item in enumerate(data):
-        for key in ("prompt", "corrects", "incorrects"):
-            if not item.get(key):
-                raise ValueError(f"{path}: example {i}: missing field '{key}'")
-        pair = [item["corrects"][0].strip(), item["incorrects"][0].strip()]
-        a, b = pair if i % 2 == 0 else pair[::-1]
-        prompt = dialogue.parse_transcript(item["prompt"])
-        entries.append({"prompt": prompt, "a": a, "b": b, "answer": "AB"[i % 2]})
-    return "comparison", entries
-
-
-def _cot_shots(data, path):
-    pattern = re.compile(
-        r".*?\n\nH: (?P<talk>.*)\n\n\{\}"
-        r"\n \(A\) \[\[\[(?P<a>.*)\]\]\]\n \(B\) \[\[\[(?P<b>.*)\]\]\]"
-        r"\n\nAssistant: Let's think step by step:(?P<reasoning>.*)"
-        r"\n\nHuman:\nSo the answer is: \((?P<answer>[AB])\)",
-        re.DOTALL,
-    )
-    entries = []
-    for i, item in enumerate(data):
-        text = item["prompt"][0] if isinstance(item["prompt"], list) else item["prompt"]
-        match = pattern.fullmatch(text.strip())
-        if match is None:
-            raise ValueError(f"{path}: example {i} is not a reasoned choice as published")
-        entry = {k: v.strip() for k, v in match.groupdict().items()}
-        turns = re.split(r"\n\n([HA]):", "\n\nH: " + entry.pop("talk"))[1:]
-        prompt = [
-            {"role": "user" if who == "H" else "assistant", "content": said.strip()}
-            for who, said in zip(turns[::2], turns[1::2], strict=True)
-        ]
-        entries.append({"prompt": prompt, **entry})
-    return "comparison_cot", entries
-
-
-_PUBLISHED = {
-    "CritiqueRevisionInstructions.json": _critiques,
-    "CritiqueRevisionFewShotPrompts.json": _critique_shots,
-    "RLMadisonInstructions.json": _comparisons,
-    "RLMadisonFewShotPrompts.json": _comparison_shots,
-    "RLMadisonPrecogFewShotPrompts.json": _cot_shots,
-}
-
-
 def _published(folder, names) -> Constitution:
     if not names:
         raise FileNotFoundError(
-            f"{folder}: none of the paper's files is here ({', '.join(_PUBLISHED)})"
+            f"{folder}: none of the paper's files is here ({', '.join(READERS)})"
         )
     principles, shots = {}, {s: [] for s in _SHOTS}
     for name in names:
@@ -313,6 +210,6 @@ def _published(folder, names) -> Constitution:
             data = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not valid JSON ({error})") from error
-        section, entries = _PUBLISHED[name](data, path)
+        section, entries = READERS[name](data, path)
         (shots if section in shots else principles)[section] = entries
     return Constitution("paper", few_shot=shots, **principles)

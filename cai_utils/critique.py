@@ -7,7 +7,8 @@ A base LM reads a chain as one text: the transcript, "CritiqueRequest:", "Critiq
 from __future__ import annotations
 
 from cai_utils import dialogue
-from cai_utils.constitution import draw, stable_int
+from cai_utils.constitution import draw
+from cai_utils.seeds import stable_int
 
 # Where a base LM would go on to write somebody else's part.
 STOPS = ("\n\nHuman:", "\n\nAssistant:", "\n\nCritiqueRequest:", "\n\nRevisionRequest:")

@@ -9,9 +9,13 @@ Contents are written verbatim. Outer whitespace is removed where text becomes a 
 (``parse_transcript``, ``with_response``), so that messages round-trip.
 """
 
+from __future__ import annotations
+
 import re
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+
+
 # The transcript as a chat template, for tokenizers that shall render it in other tools. It closes a
 # finished conversation with eos, as training here does (`sft.encode`); `uses_transcript` knows it.
 TEMPLATE = (
@@ -20,7 +24,11 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}"
     "{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
 )
+
+
 _ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
+
+
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 

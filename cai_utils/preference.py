@@ -8,20 +8,24 @@ eos, where the score is read) and batches of like length.
 The scale of scores: sigmoid(score(a) - score(b)) is the probability that a is preferred.
 """
 
+from __future__ import annotations
+
 import time
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from cai_utils import dialogue, models, sft, stats
-from cai_utils.comparisons import balance_table, check, mix
+from cai_utils import dialogue
+from cai_utils.data.comparisons import balance_table, check, mix
+from cai_utils.lm import models, tokens, training
+from cai_utils.lm.models import has_score_head, pad_apart_from_eos
+from cai_utils.lm.tokens import pad
 
 __all__ = [
-    "PreferenceTrainer", "Scorer", "balance_table", "check", "evaluate", "mix",
+    "PreferenceTrainer", "Scorer", "balance_table", "check", "mix",
     "soft_preference_loss", "tokenize", "train",
 ]
 
@@ -37,7 +41,7 @@ def soft_preference_loss(chosen, rejected, p):
     return -(p * F.logsigmoid(d) + (1 - p) * F.logsigmoid(-d))
 
 
-class PreferenceTrainer(sft.Quiet, RewardTrainer):
+class PreferenceTrainer(training.Quiet, RewardTrainer):
     """RewardTrainer with the soft loss, on columns chosen_ids, rejected_ids, p_chosen, weight."""
 
     def _set_signature_columns_if_needed(self):
@@ -71,21 +75,10 @@ class PreferenceTrainer(sft.Quiet, RewardTrainer):
 def _collate(examples, pad_id, multiple=None):
     """Rows -> one batch, all chosen sequences first, padded on the right, to a multiple if any."""
     ids = [e["chosen_ids"] for e in examples] + [e["rejected_ids"] for e in examples]
-    input_ids, mask = _pad(ids, pad_id, multiple)
+    input_ids, mask = pad(ids, pad_id, multiple)
     return {"input_ids": input_ids, "attention_mask": mask,
             "p_chosen": torch.tensor([e["p_chosen"] for e in examples]),
             "weight": torch.tensor([e["weight"] for e in examples])}
-
-
-def _pad(ids, pad_id, multiple=None):
-    multiple = multiple or 1
-    width = -(-max(map(len, ids)) // multiple) * multiple
-    tokens = np.full((len(ids), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(ids), width), dtype=np.int64)
-    for row, sequence in enumerate(ids):
-        tokens[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-    return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
 def tokenize(rows, tokenizer, max_length=512):
@@ -96,11 +89,11 @@ def tokenize(rows, tokenizer, max_length=512):
     """
     pairs = []
     for side in ("chosen", "rejected"):
-        pairs.append(sft.encode([r["prompt"] + r[side] for r in rows], tokenizer))
+        pairs.append(tokens.encode([r["prompt"] + r[side] for r in rows], tokenizer))
     out = {"chosen_ids": [], "rejected_ids": [], "p_chosen": [], "weight": []}
     for row, (prompt, chosen), (other, rejected) in zip(rows, *pairs, strict=True):
         longer = max(chosen, rejected, key=len)
-        cut = [sft.shorten(ids, longer, max_length, tokenizer.bos_token_id)
+        cut = [tokens.shorten(ids, longer, max_length, tokenizer.bos_token_id)
                for ids in (prompt, other)]
         if None in cut:
             continue
@@ -121,7 +114,7 @@ def tokenize(rows, tokenizer, max_length=512):
 
 
 def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5e-4, max_length=512,
-          seed=0, eval_rows=None, report_to=(), runs_dir=None, lora=None, on_bad="raise",
+          seed=0, evaluate=None, report_to=(), runs_dir=None, lora=None, on_bad="raise",
           centre=True, schedule="cosine", warmup=0.05, weight_decay=0.0,
           gradient_checkpointing=False, gradient_accumulation=1):
     """Train a PM from any causal LM, or go on from a PM; saved as a HF folder at ``out_dir``.
@@ -137,26 +130,26 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
     applied, since score differences stand for probabilities.
 
     Returns {"train_loss", "tokens", "pairs", "steps", "seconds", "pairs_per_second", "score_mean",
-    "score_std", "log", and "eval": ``evaluate`` on eval_rows if given}. ValueError on bad rows
+    "score_std", "log", and, if given, "eval": what ``evaluate(Scorer)`` returns of the trained PM
+    (``evaluation.agreement.evaluate`` with its rows, say)}. ValueError on bad rows
     (``check``) and on a loss that is not finite (nothing is saved then).
     """
     start = time.time()
     rows = check(comparisons, on_bad)
-    held_out = check(eval_rows, on_bad) if eval_rows else None
     torch.manual_seed(seed)
-    model, tokenizer = sft.load_for_training(spec_or_folder, "score", runs_dir, lora)
+    model, tokenizer = training.load_for_training(spec_or_folder, "score", runs_dir, lora)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{spec_or_folder}: the tokenizer has no eos token, where scores are read")
-    pad_id = _pad_apart_from_eos(model, tokenizer)
+    pad_id = pad_apart_from_eos(model, tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
-    if not _has_score_head(model):
+    if not has_score_head(model):
         # Small, so that training starts from p = 1/2 whatever the body (N+ details of RLHF).
         torch.nn.init.normal_(model.score.weight, std=1 / (model.score.in_features + 1))
     data = tokenize(rows, tokenizer, max_length)
     lengths = [max(len(c), len(r)) for c, r in
                zip(data["chosen_ids"], data["rejected_ids"], strict=True)]
     models.attend_for_training(model, max(lengths))
-    args = sft.training_arguments(
+    args = training.training_arguments(
         RewardConfig, model, out_dir, rows=len(lengths), epochs=epochs, batch_size=batch_size,
         lr=lr, seed=seed, report_to=report_to, schedule=schedule, warmup=warmup,
         weight_decay=weight_decay, gradient_checkpointing=gradient_checkpointing,
@@ -165,10 +158,10 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
     trainer = PreferenceTrainer(
         model=model, args=args, train_dataset=Dataset.from_dict(data), processing_class=tokenizer,
         data_collator=lambda examples: _collate(examples, pad_id, args.pad_to_multiple_of),
-        peft_config=sft.lora_config(lora, "SEQ_CLS", modules_to_save=["score"]),
+        peft_config=training.lora_config(lora, "SEQ_CLS", modules_to_save=["score"]),
     )
     trainer.lengths = lengths
-    result = sft.run(trainer)
+    result = training.run(trainer)
     tokens = sum(map(len, data["chosen_ids"])) + sum(map(len, data["rejected_ids"]))
     metrics = {
         "train_loss": result.training_loss,
@@ -178,36 +171,19 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
         "pairs_per_second": len(lengths) * epochs / result.metrics["train_runtime"],
         "log": trainer.state.log_history[:-1],
     }
-    model = sft.merge(trainer, spec_or_folder, "score", lora, runs_dir)
+    model = training.merge(trainer, spec_or_folder, "score", lora, runs_dir)
     scorer = Scorer(model, tokenizer, max_length=max_length)
     if centre:
         metrics |= _centre(scorer, data, seed)
-    if held_out:
-        metrics["eval"] = evaluate(scorer, held_out)
+    if evaluate:
+        metrics["eval"] = evaluate(scorer)
     metrics["seconds"] = time.time() - start
     settings = dict(base=str(spec_or_folder), stage="preference", epochs=epochs, lr=lr, lora=lora,
                     batch_size=batch_size, max_length=max_length, seed=seed, schedule=schedule,
                     warmup=warmup, weight_decay=weight_decay,
                     gradient_accumulation=gradient_accumulation)
-    sft.save(trainer, tokenizer, out_dir, {**settings, **metrics})
+    training.save(trainer, tokenizer, out_dir, {**settings, **metrics})
     return metrics
-
-
-def _pad_apart_from_eos(model, tokenizer):
-    """Give the model a pad id that is not eos, and return it.
-
-    transformers reads the score at the last token that is not padding. Where padding is eos, as in
-    many chat models, it passes over the eos; sequences here end in eos, so any other id will do.
-    """
-    ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
-    pad_id = next(t for t in ids if t is not None and t != tokenizer.eos_token_id)
-    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_id
-    return pad_id
-
-
-def _has_score_head(model):
-    """Whether the weights were those of a PM, and not of an LM under a new head."""
-    return any("SequenceClassification" in name for name in model.config.architectures or ())
 
 
 def _centre(scorer, data, seed, at_most=2000):
@@ -239,13 +215,13 @@ class Scorer:
                  dtype="float32"):
         if tokenizer is None:
             spec, (model, tokenizer) = model, models.load(model, "score", dtype, runs_dir=runs_dir)
-            if not _has_score_head(model):
+            if not has_score_head(model):
                 raise ValueError(f"{spec}: a language model, not a preference model; "
                                  "make one of it with preference.train")
         if not hasattr(model, "score"):
             raise ValueError(f"a {type(model).__name__} has no score head: "
                              "load it with models.load(spec, head='score')")
-        self.pad_id = _pad_apart_from_eos(model, tokenizer)
+        self.pad_id = pad_apart_from_eos(model, tokenizer)
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = min(max_length or 10**9, positions or 10**9)
@@ -262,8 +238,8 @@ class Scorer:
             if len(talk) < 2 or talk[-1].get("role") != "assistant":
                 raise ValueError(f"conversation {i}: a score needs a prompt and an assistant turn")
         ids = []
-        for prompt, answer in sft.encode(talks, self.tokenizer):
-            kept = sft.shorten(prompt, answer, self.max_length, self.tokenizer.bos_token_id)
+        for prompt, answer in tokens.encode(talks, self.tokenizer):
+            kept = tokens.shorten(prompt, answer, self.max_length, self.tokenizer.bos_token_id)
             ids.append(answer[-self.max_length :] if kept is None else kept + answer)
         return self.score_ids(ids)
 
@@ -278,7 +254,7 @@ class Scorer:
         while start < len(order):
             size = max(1, self.batch_tokens // len(sequences[order[start]]))
             batch = order[start : start + size]
-            ids, mask = _pad([sequences[i] for i in batch], self.pad_id)
+            ids, mask = pad([sequences[i] for i in batch], self.pad_id)
             device = self.model.device
             logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device),
                                 use_cache=False).logits
@@ -288,63 +264,7 @@ class Scorer:
         return out - self.mean
 
 
-def evaluate(scorer, rows, bins=10, seed=0):
-    """How well a PM agrees with comparisons: the labels of other people, or of the feedback model.
-
-    Returns a dict:
-    - accuracy, ci_low, ci_high, n: share of rows where the PM prefers the answer that the label
-      prefers, bootstrapped over prompts; equal scores, and labels of exactly 1/2, count 1/2;
-    - loss: mean soft cross-entropy, nats; floor: the labels' own entropy, which no PM can beat;
-    - calibration: DataFrame(bin_mid, mean_p, frequency, ci_low, ci_high, n). mean_p is the PM's
-      probability of the answer it prefers (1/2 to 1), frequency how often (or, soft labels, with
-      what mean probability) the labels prefer that answer;
-    - by: DataFrame(source, axis, accuracy, n);
-    - scores: DataFrame(axis, mean, std, n) over both answers.
-    """
-    rows = check(rows)
-    both = [r["prompt"] + r[side] for side in ("chosen", "rejected") for r in rows]
-    scores = scorer.score(both).reshape(2, -1)
-    d = scores[0] - scores[1]
-    p = np.array([r["p_chosen"] for r in rows])
-    agreement = 0.5 + 0.5 * np.sign(d) * np.sign(p - 0.5)
-    prompts = [str(r["prompt"]) for r in rows]
-    accuracy, low, high, n = stats.bootstrap_mean(agreement, cluster=prompts, seed=seed)
-    loss = soft_preference_loss(*torch.from_numpy(scores), torch.from_numpy(p))
-    inner = np.clip(p, 1e-12, 1 - 1e-12)
-    names = pd.DataFrame({"source": [str(r.get("source")) for r in rows],
-                          "axis": [str(r.get("axis")) for r in rows], "accuracy": agreement})
-    long = pd.DataFrame({"axis": list(names["axis"]) * 2, "score": scores.ravel()})
-    return {
-        "accuracy": accuracy, "ci_low": low, "ci_high": high, "n": n,
-        "loss": float(loss.mean()),
-        "floor": float(-(p * np.log(inner) + (1 - p) * np.log(1 - inner)).mean()),
-        "calibration": _calibration(d, p, bins),
-        "by": names.groupby(["source", "axis"], as_index=False).agg(
-            accuracy=("accuracy", "mean"), n=("accuracy", "size")),
-        "scores": long.groupby("axis", as_index=False).agg(
-            mean=("score", "mean"), std=("score", "std"), n=("score", "size")),
-    }
-
-
-def _calibration(d, p, bins):
-    """Score differences (n,) and label probabilities (n,) -> reliability table, folded to 1/2..1.
-
-    Folded, because which answer is called `chosen` is the label's doing: unfolded, hard labels are
-    all 1 and would make any PM look under-confident below 1/2.
-    """
-    sure = 1 / (1 + np.exp(-np.abs(d)))
-    label = np.where(d >= 0, p, 1 - p)
-    which = np.minimum(((sure - 0.5) * 2 * bins).astype(int), bins - 1)
-    rows = []
-    for b in np.unique(which):
-        inside = which == b
-        frequency, low, high, n = stats.wilson(label[inside].sum(), int(inside.sum()))
-        rows.append((0.5 + (b + 0.5) / (2 * bins), sure[inside].mean(), frequency, low, high, n))
-    return pd.DataFrame(
-        rows, columns=["bin_mid", "mean_p", "frequency", "ci_low", "ci_high", "n"])
-
-
 if __name__ == "__main__":
-    from cai_utils import launch
+    from cai_utils.experiment import launch
 
     launch.main("cai_utils.preference", "train")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cai_utils import gallery
+from cai_utils.figures import gallery
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = {  # figure -> columns that its table must have besides the estimate and its interval
@@ -33,9 +33,9 @@ def environment(**more):
 
 
 def call(root, *arguments, timeout=300):
-    """`python -m cai_utils.runs ...` in a copy of the project."""
+    """`python -m cai_utils run ...` in a copy of the project."""
     return subprocess.run(
-        [sys.executable, "-m", "cai_utils.runs", *arguments], cwd=ROOT, text=True,
+        [sys.executable, "-m", "cai_utils", "run", *arguments], cwd=ROOT, text=True,
         capture_output=True, timeout=timeout,
         env=environment(CAI_ROOT=str(root), PYTHONPATH=str(ROOT)),
     )  # fmt: skip

@@ -8,7 +8,7 @@ import tiny
 from tiny import Chat
 
 from cai_utils import constitution, critique
-from cai_utils.sampling import Sampler
+from cai_utils.lm.sampling import Sampler
 
 PROMPT = [{"role": "user", "content": "Hi"}]
 TALK = [*PROMPT, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Help"}]

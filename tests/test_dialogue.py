@@ -6,13 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from cai_utils.dialogue import (
-    parse_transcript,
-    render,
-    transcript,
-    uses_transcript,
-    with_response,
-)
+from cai_utils.dialogue import parse_transcript, render, transcript, uses_transcript, with_response
 
 TALK = [
     {"role": "user", "content": "How do I bake bread?"},

@@ -11,8 +11,9 @@ import tiny
 import torch
 from tiny import Chat
 
-from cai_utils import constitution, data, feedback
-from cai_utils.sampling import Sampler
+from cai_utils import constitution, feedback, multiple_choice
+from cai_utils.data import load
+from cai_utils.lm.sampling import Sampler
 
 PROMPT = [{"role": "user", "content": "Hi"}]
 TALK = [*PROMPT, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Help"}]
@@ -63,13 +64,13 @@ def sigmoid(x):
 
 def test_exact_texts():
     body = "Read this conversation.\n\nH: Hi\n\nA: Yes?\n\nH: Help\n\nRule?\n (A) one\n (B) two"
-    plain = feedback.question_text(TALK, "one", "two", "Rule?")
-    cot = feedback.question_text(TALK, "one", "two", "Rule?", cot=True)
+    plain = multiple_choice.question_text(TALK, "one", "two", "Rule?")
+    cot = multiple_choice.question_text(TALK, "one", "two", "Rule?", cot=True)
     assert plain == f"\n\nHuman: {body}\n\nAssistant: The answer is:"
     assert cot == f"\n\nHuman: {body}\n\nAssistant: Step by step:"
-    assert feedback.cot_form(plain) == cot
+    assert multiple_choice.cot_form(plain) == cot
     with pytest.raises(ValueError, match="The answer is:"):
-        feedback.cot_form(cot)
+        multiple_choice.cot_form(cot)
 
 
 @pytest.mark.parametrize("bias", [0.0, 1.0, -3.0])
@@ -95,8 +96,8 @@ def test_both_orders_are_averaged_and_mapped_back(bias):
     rule = constitution.draw(LAW.comparisons, 0, 0, 0)
     assert x["principle"] == rule["id"]
     assert judge.read[:2] == [
-        feedback.question_text(PROMPT, "bad", "good", rule["principle"]),
-        feedback.question_text(PROMPT, "good", "bad", rule["principle"]),
+        multiple_choice.question_text(PROMPT, "bad", "good", rule["principle"]),
+        multiple_choice.question_text(PROMPT, "good", "bad", rule["principle"]),
     ]
 
 
@@ -135,7 +136,7 @@ def test_chains_are_averaged_then_clamped():
     p = sigmoid(2.0)
     assert row["p_first"] == pytest.approx((p + (1 - p) + p) / 3)
     assert row["cot"] == ["Good first.", "swap", ""] * 2
-    lead = feedback.question_text(PROMPT, "good", "bad", "Rule 0?", cot=True)
+    lead = multiple_choice.question_text(PROMPT, "good", "bad", "Rule 0?", cot=True)
     assert judge.asked[0] == lead and len(judge.asked) == 2
     assert judge.read[:3] == [
         lead + " Good first.\n\nThe answer is:", lead + " swap\n\nThe answer is:",
@@ -161,18 +162,18 @@ def test_few_shot_prefix():
     pairs = [{"prompt": PROMPT, "responses": ["good", "bad"]}]
     feedback.label(judge, pairs, LAW, few_shot=True, n_principles=1)
     assert judge.read[0] == (
-        feedback.question_text(TALK, "x", "y", "Rule 0?") + " (B)"
-        + feedback.question_text(PROMPT, "v", "w", "Own?") + " (A)"
-        + feedback.question_text(PROMPT, "good", "bad", "Rule 0?")
+        multiple_choice.question_text(TALK, "x", "y", "Rule 0?") + " (B)"
+        + multiple_choice.question_text(PROMPT, "v", "w", "Own?") + " (A)"
+        + multiple_choice.question_text(PROMPT, "good", "bad", "Rule 0?")
     )
     judge = Judge(chains=["c"])
     feedback.label(judge, pairs, LAW, few_shot=True, n_principles=1, cot=True)
     assert judge.asked[0] == (
-        feedback.question_text(PROMPT, "x", "y", "Rule 0?", cot=True)
+        multiple_choice.question_text(PROMPT, "x", "y", "Rule 0?", cot=True)
         + " Why.\n\nThe answer is: (B)"
-        + feedback.question_text(PROMPT, "good", "bad", "Rule 0?", cot=True)
+        + multiple_choice.question_text(PROMPT, "good", "bad", "Rule 0?", cot=True)
     )
-    assert feedback.few_shot_text(LAW, cot=True).endswith("\n\nThe answer is: (B)")
+    assert multiple_choice.few_shot_text(LAW, cot=True).endswith("\n\nThe answer is: (B)")
 
 
 def test_a_chat_model_is_asked_in_turns():
@@ -207,33 +208,33 @@ NINE = {
 
 
 def test_evaluation_questions():
-    one, two, nine = feedback.answer(
+    one, two, nine = multiple_choice.answer(
         Judge(), [ask("good", "bad"), ask("good", "bad", right="B"), NINE]
     )
     assert one["p_correct"] == pytest.approx(sigmoid(2)) and one["correct"]
     assert two["p_correct"] == pytest.approx(sigmoid(-2)) and not two["correct"]
     assert nine["p_correct"] == pytest.approx(np.e**2 / (np.e**2 + 8)) and nine["correct"]
     assert len(nine["probs"]) == 9 and sum(nine["probs"].values()) == pytest.approx(1)
-    (tie,) = feedback.answer(Judge(), [ask("same", "same")])
+    (tie,) = multiple_choice.answer(Judge(), [ask("same", "same")])
     assert not tie["correct"]
-    assert feedback.answer(Judge(), []) == []
+    assert multiple_choice.answer(Judge(), []) == []
 
 
 def test_both_orders_of_a_question():
     judge = Judge(bias=3.0)
-    (row,) = feedback.answer(judge, [ask("bad", "good", "B")], both_orders=True)
+    (row,) = multiple_choice.answer(judge, [ask("bad", "good", "B")], both_orders=True)
     assert judge.read == [ask("bad", "good")["prompt"], ask("good", "bad")["prompt"]]
     assert row["p_correct"] == pytest.approx((sigmoid(-1) + sigmoid(5)) / 2)
     assert row["position_bias"] == pytest.approx(sigmoid(1) + sigmoid(5) - 1)
     assert row["correct"]
-    (row,) = feedback.answer(Judge(bias=3.0), [ask("bad", "good", "B")])
+    (row,) = multiple_choice.answer(Judge(bias=3.0), [ask("bad", "good", "B")])
     assert not row["correct"]  # the bias decides where only one order is asked
 
 
 def test_a_random_order_is_mapped_back():
     questions = [ask("good", "bad") for _ in range(60)]
     judge = Judge(bias=1.0)
-    rows = feedback.answer(judge, questions, random_order=True, seed=2)
+    rows = multiple_choice.answer(judge, questions, random_order=True, seed=2)
     swapped = [text == ask("bad", "good")["prompt"] for text in judge.read]
     assert 15 < sum(swapped) < 45  # 30 expected, standard deviation 3.9
     for row, turned in zip(rows, swapped, strict=True):
@@ -242,7 +243,7 @@ def test_a_random_order_is_mapped_back():
         assert row["probs"][" (A)"] == row["p_correct"] and row["correct"]
         bias = 2 * (1 - row["p_correct"] if turned else row["p_correct"]) - 1
         assert row["position_bias"] == pytest.approx(bias)
-    again = feedback.answer(Judge(bias=1.0), questions, random_order=True, seed=2)
+    again = multiple_choice.answer(Judge(bias=1.0), questions, random_order=True, seed=2)
     assert again == rows
 
 
@@ -253,7 +254,7 @@ def test_a_random_order_is_mapped_back():
     "\n\nThe answer is:", "\nThe answer is:", "\n\nAssistant: The answer is:",
 ])
 def test_options_swap_exactly(a, b, end):
-    assert feedback.swap_options(ask(a, b, end=end)["prompt"]) == ask(b, a, end=end)["prompt"]
+    assert multiple_choice.swap_options(ask(a, b, end=end)["prompt"]) == ask(b, a, end=end)["prompt"]
 
 
 @pytest.mark.parametrize("question", [
@@ -261,12 +262,12 @@ def test_options_swap_exactly(a, b, end):
 ])
 def test_what_cannot_be_swapped_is_named(question):
     with pytest.raises(ValueError, match="question 1: both_orders"):
-        feedback.answer(Judge(), [ask("a", "b"), question], both_orders=True)
+        multiple_choice.answer(Judge(), [ask("a", "b"), question], both_orders=True)
 
 
 def test_questions_with_chains_and_prefix():
     judge = Judge(chains=[" c", " swap"])
-    (row,) = feedback.answer(
+    (row,) = multiple_choice.answer(
         judge, [ask("good", "bad")], cot=True, n_samples=2, few_shot="\n\nHuman: Before."
     )
     lead = "\n\nHuman: Before." + ask("good", "bad", end="\n\nStep by step:")["prompt"]
@@ -280,7 +281,7 @@ def test_questions_with_chains_and_prefix():
 @pytest.mark.parametrize("end", ["\n\nThe answer is:", "\n\nAssistant: The answer is:"])
 def test_questions_to_a_chat_model(end):
     judge = Judge(tokenizer=Chat)
-    feedback.answer(judge, [ask("good", "bad", end=end)], few_shot="Before.")
+    multiple_choice.answer(judge, [ask("good", "bad", end=end)], few_shot="Before.")
     assert judge.read == [
         "<user>Before.\n\nTalk:\n\nHuman: Hi\n\n\nWhich? Options:\n (A) good\n (B) bad"
         "<assistant>The answer is:"
@@ -313,7 +314,7 @@ def test_bad_input():
         ({"prompt": "Which?"}, "has to end in"),
     ]:
         with pytest.raises(ValueError, match=f"question 1: .*{message}"):
-            feedback.answer(Judge(), [ask("a", "b"), {**ask("a", "b"), **change}])
+            multiple_choice.answer(Judge(), [ask("a", "b"), {**ask("a", "b"), **change}])
 
 
 def test_all_published_questions_swap():
@@ -322,10 +323,10 @@ def test_all_published_questions_swap():
     part = f"constitutional_harmlessness_paper/evals/{name}.jsonl"
     if not root or not (Path(root) / part).exists():
         pytest.skip(f"CAI_DATA_DIR does not hold {part}")
-    for i, question in enumerate(data.load_questions(f"paper/{name}")):
-        swapped = feedback.swap_options(question["prompt"], i)
+    for i, question in enumerate(load.load_questions(f"paper/{name}")):
+        swapped = multiple_choice.swap_options(question["prompt"], i)
         assert swapped != question["prompt"]
-        assert feedback.swap_options(swapped) == question["prompt"]
+        assert multiple_choice.swap_options(swapped) == question["prompt"]
 
 
 def p_of_a(model, tokenizer, text):
@@ -347,7 +348,7 @@ def test_labels_of_a_real_model_are_its_probabilities():
              {"prompt": TALK, "responses": ["three", "a fourth"]}]
     rows = feedback.label(sampler, pairs, LAW, n_principles=1)
     for pair, row in zip(pairs, rows, strict=True):
-        texts = [feedback.question_text(pair["prompt"], *r, "Rule 0?")
+        texts = [multiple_choice.question_text(pair["prompt"], *r, "Rule 0?")
                  for r in (pair["responses"], pair["responses"][::-1])]
         a, b = (p_of_a(model, tokenizer, text) for text in texts)
         assert row["p_first"] == pytest.approx((a + 1 - b) / 2, abs=1e-5)
@@ -355,7 +356,7 @@ def test_labels_of_a_real_model_are_its_probabilities():
     settings = {"cot": True, "n_samples": 2, "max_new_tokens": 16, "temperature": 0.7}
     rows = feedback.label(sampler, pairs, LAW, n_principles=1, **settings)
     assert len(rows[0]["cot"]) == 4 and len(set(rows[0]["cot"])) > 1
-    lead = [feedback.question_text(PROMPT, *r, "Rule 0?", cot=True)
+    lead = [multiple_choice.question_text(PROMPT, *r, "Rule 0?", cot=True)
             for r in (("one", "two"), ("two", "one"))]
     p = [p_of_a(model, tokenizer, f"{lead[i // 2]} {chain}".rstrip(" ") + "\n\nThe answer is:")
          for i, chain in enumerate(rows[0]["cot"])]
@@ -365,7 +366,7 @@ def test_labels_of_a_real_model_are_its_probabilities():
         Sampler(model, tokenizer, batch_tokens=1), pairs, LAW, n_principles=1, **settings
     )
     assert [r["cot"] for r in again] == [r["cot"] for r in rows]
-    (answer,) = feedback.answer(sampler, [ask("one", "two", "B")])
+    (answer,) = multiple_choice.answer(sampler, [ask("one", "two", "B")])
     expected = 1 - p_of_a(model, tokenizer, ask("one", "two")["prompt"])
     assert answer["p_correct"] == pytest.approx(expected, abs=1e-5)
 

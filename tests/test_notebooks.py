@@ -7,7 +7,7 @@ import nbformat
 import pytest
 import yaml
 
-from cai_utils.params import declared
+from cai_utils.experiment.params import declared
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -24,7 +24,7 @@ def test_form(path):
     cells = notebook.cells
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
     assert cells[1].metadata.get("tags") == ["parameters"]
-    assert sum(f'run = runs.start("{path.stem}", params)' in cell.source for cell in cells) == 1
+    assert sum(f'run = experiment.start("{path.stem}", params)' in cell.source for cell in cells) == 1
     assert cells[-1].source.splitlines()[-1] == "run.finish()"
     for cell in code_of(path):
         assert not cell.outputs and cell.execution_count is None, "clear the outputs"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sft import CHATML, WORDS, make_model, make_tokenizer, pieces, say
 
-from cai_utils import dialogue, models, preference
+from cai_utils import dialogue, preference
+from cai_utils.data import comparisons
+from cai_utils.evaluation import agreement
+from cai_utils.lm import models
 
 numbers = st.floats(-8, 8)
 
@@ -47,7 +51,7 @@ def test_hard_labels_are_the_special_case_and_extreme_scores_stay_finite():
 def test_pairs_are_tokenized_as_in_sampling_and_end_in_eos(template):
     tokenizer = make_tokenizer(template) if template else make_tokenizer()
     row = comparison("a b", "good c", "bad", 0.8)
-    data = preference.tokenize(preference.check([row]), tokenizer)
+    data = preference.tokenize(comparisons.check([row]), tokenizer)
     prompt = tokenizer(dialogue.render(row["prompt"], tokenizer))["input_ids"]
     for side, words in (("chosen_ids", ["good", "c"]), ("rejected_ids", ["bad"])):
         ids = data[side][0]
@@ -60,7 +64,7 @@ def test_pairs_are_tokenized_as_in_sampling_and_end_in_eos(template):
 def test_a_long_prompt_is_cut_alike_on_both_sides(capsys):
     tokenizer = make_tokenizer()
     rows = [comparison("a " * 30 + "b", "good c d", "bad"), comparison("a", "good " * 40, "bad")]
-    data = preference.tokenize(preference.check(rows), tokenizer, max_length=16)
+    data = preference.tokenize(comparisons.check(rows), tokenizer, max_length=16)
     assert len(data["chosen_ids"]) == 1 and "1 of 2" in capsys.readouterr().out
     chosen, rejected = data["chosen_ids"][0], data["rejected_ids"][0]
     assert len(chosen) == 16 and len(rejected) == 14 and chosen[:12] == rejected[:12]
@@ -93,7 +97,7 @@ def pm(tmp_path_factory):
     tokenizer = make_tokenizer()
     base = make_model(folder / "base", tokenizer)
     metrics = preference.train(base, labelled(600, 0, soft=True), folder / "out", epochs=3,
-                               batch_size=16, lr=3e-3, eval_rows=labelled(200, 1, soft=True))
+                               batch_size=16, lr=3e-3, evaluate=partial(agreement.evaluate, rows=labelled(200, 1, soft=True)))
     return folder / "out", metrics, tokenizer
 
 
@@ -106,7 +110,7 @@ def test_soft_labels_of_known_probability_are_recovered(pm):
     predicted = 1 / (1 + np.exp(rejected - chosen))
     truth = np.array([r["p_chosen"] for r in held_out])
     assert np.abs(predicted - truth).mean() < 0.05
-    result = preference.evaluate(scorer, held_out)
+    result = agreement.evaluate(scorer, held_out)
     table = result["calibration"]
     assert (np.abs(table["frequency"] - table["mean_p"])[table["n"] >= 20] < 0.05).all()
     assert result["floor"] <= result["loss"] < result["floor"] + 0.02
@@ -118,7 +122,7 @@ def test_hard_labels_drawn_at_known_probability_are_recovered(tmp_path):
     base = make_model(tmp_path / "base", make_tokenizer())
     preference.train(base, labelled(1500, 0, soft=False), tmp_path / "out", epochs=1,
                      batch_size=16, lr=3e-3)
-    table = preference.evaluate(
+    table = agreement.evaluate(
         preference.Scorer(tmp_path / "out"), labelled(600, 1, soft=True))["calibration"]
     error = (np.abs(table["frequency"] - table["mean_p"]) * table["n"]).sum() / table["n"].sum()
     assert error < 0.05
@@ -215,7 +219,7 @@ def test_lora_pm_trains_its_head_and_is_saved_merged(tmp_path):
     preference.train(base, rows, tmp_path / "out", batch_size=8, epochs=4, lr=1e-2,
                      lora={"r": 2, "target_modules": ["q_proj", "v_proj"]})
     assert not list((tmp_path / "out").glob("adapter*"))
-    assert preference.evaluate(preference.Scorer(tmp_path / "out"), rows)["accuracy"] == 1
+    assert agreement.evaluate(preference.Scorer(tmp_path / "out"), rows)["accuracy"] == 1
 
 
 @settings(deadline=None, max_examples=30)
@@ -223,12 +227,12 @@ def test_lora_pm_trains_its_head_and_is_saved_merged(tmp_path):
 def test_mix_gives_each_source_its_share_of_the_signal(n_human, n_ai, p, share):
     human = [comparison("a", "good", f"bad {i}", source="human") for i in range(n_human)]
     ai = [comparison("a", "good", f"bad {i}", p) for i in range(n_ai)]
-    rows = preference.mix(human, ai, 0, ai_share=share)
+    rows = comparisons.mix(human, ai, 0, ai_share=share)
     assert len(rows) == n_human + n_ai
-    table = preference.balance_table(rows).set_index("source")
+    table = comparisons.balance_table(rows).set_index("source")
     assert table.loc["ai", "signal"] == pytest.approx(share)
     assert np.mean([r["weight"] for r in rows]) == pytest.approx(1)
-    by_rows = preference.mix(human, ai, 0, ai_share=share, balance="rows")
+    by_rows = comparisons.mix(human, ai, 0, ai_share=share, balance="rows")
     total = sum(r["weight"] for r in by_rows if r["source"] == "ai")
     assert total / len(by_rows) == pytest.approx(share)
 
@@ -236,18 +240,18 @@ def test_mix_gives_each_source_its_share_of_the_signal(n_human, n_ai, p, share):
 def test_mix_draws_n_rows_without_replacement_and_reproducibly():
     human = [comparison(f"a {i}", "good", "bad", source="human") for i in range(50)]
     ai = [comparison(f"b {i}", "good", "bad", 0.7) for i in range(50)]
-    rows = preference.mix(human, ai, 1, n=40, ai_share=0.25)
+    rows = comparisons.mix(human, ai, 1, n=40, ai_share=0.25)
     assert sum(r["source"] == "ai" for r in rows) == 10 and len(rows) == 40
     assert len({r["prompt"][0]["content"] for r in rows}) == 40
-    assert rows == preference.mix(human, ai, 1, n=40, ai_share=0.25)
-    assert rows != preference.mix(human, ai, 2, n=40, ai_share=0.25)
+    assert rows == comparisons.mix(human, ai, 1, n=40, ai_share=0.25)
+    assert rows != comparisons.mix(human, ai, 2, n=40, ai_share=0.25)
     assert "weight" not in human[0]
     first = [r["source"] for r in rows[:12]]
     assert "human" in first and "ai" in first
     with pytest.raises(ValueError, match="ai_rows: 54 rows asked for, 50 given"):
-        preference.mix(human, ai, 1, n=60, ai_share=0.9)
+        comparisons.mix(human, ai, 1, n=60, ai_share=0.9)
     with pytest.raises(ValueError, match="human_rows: 0 rows"):
-        preference.mix([], ai, 1)
+        comparisons.mix([], ai, 1)
 
 
 BAD = [
@@ -270,16 +274,16 @@ BAD = [
 def test_a_rotten_row_is_named_or_skipped_with_a_count(row, reason, capsys):
     fine = comparison("a", "good", "bad")
     with pytest.raises(ValueError, match=f"row 1: .*{reason}"):
-        preference.check([fine, row])
-    assert len(preference.check([fine, row, fine], on_bad="skip")) == 2
+        comparisons.check([fine, row])
+    assert len(comparisons.check([fine, row, fine], on_bad="skip")) == 2
     assert "1 of 3 rows left out" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no comparison left"):
-        preference.check([row], on_bad="skip")
+        comparisons.check([row], on_bad="skip")
 
 
 def test_an_implicit_prompt_is_found():
     row = {"chosen": say("a", "b", "c", "good"), "rejected": say("a", "b", "c", "bad")}
-    (got,) = preference.check([row])
+    (got,) = comparisons.check([row])
     assert got["prompt"] == say("a", "b", "c") and got["p_chosen"] == 1
     assert got["chosen"] == say("a", "good")[1:]
 
@@ -294,9 +298,9 @@ def test_ties_and_even_labels_count_one_half():
             return np.array([float(len(t[-1]["content"])) for t in talks])
 
     rows = [comparison(f"a {i}", "good good", "bad") for i in range(6)]
-    assert preference.evaluate(Flat(), rows)["accuracy"] == 0.5
-    assert preference.evaluate(ByLength(), rows)["accuracy"] == 1
-    result = preference.evaluate(ByLength(), rows + [comparison("b", "yes", "no", 0.5)] * 2
+    assert agreement.evaluate(Flat(), rows)["accuracy"] == 0.5
+    assert agreement.evaluate(ByLength(), rows)["accuracy"] == 1
+    result = agreement.evaluate(ByLength(), rows + [comparison("b", "yes", "no", 0.5)] * 2
                                  + [comparison("c", "good good", "bad", 0.2)] * 2)
     assert result["accuracy"] == pytest.approx((6 + 1 + 0) / 10)
     assert result["scores"].set_index("axis").loc["harmless", "n"] == 20

@@ -8,7 +8,8 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cai_utils import dialogue, models, sft
+from cai_utils import dialogue, sft
+from cai_utils.lm import models, training
 
 TRANSCRIPT = (
     "{% for m in messages %}{{ '\n\n' }}{{ 'Human' if m['role'] == 'user' else 'Assistant' }}"
@@ -131,7 +132,7 @@ def test_a_bad_row_is_named(row, word):
 def test_length_buckets_visit_each_row_once_with_little_padding():
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(5, 100, (517,), generator=generator).tolist()
-    sampler = sft.LengthBuckets(lengths, 16, seed=3)
+    sampler = training.LengthBuckets(lengths, 16, seed=3)
     order = list(sampler)
     assert sorted(order) == list(range(517))
     batches = [[lengths[j] for j in order[i : i + 16]] for i in range(0, 512, 16)]

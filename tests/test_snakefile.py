@@ -14,20 +14,20 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from cai_utils import params
+from cai_utils.experiment import params
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = {
     "00_miniature": "from cai_utils.miniature import world",
     "01_harm_identification": "from cai_utils import feedback",
-    "02_preference_models": "from cai_utils import stats",
+    "02_preference_models": "from cai_utils.evaluation import stats",
     "03_critique_revision": "from cai_utils import critique",
-    "04_revision_iterations": "from cai_utils import stats",
+    "04_revision_iterations": "from cai_utils.evaluation import stats",
     "06_critique_ablation": "from cai_utils import critique",
     "07_sl_cai": "from cai_utils import sft",
     "08_ai_feedback": "from cai_utils import feedback",
-    "09_rl": "from cai_utils import ppo",
-    "10_elo": "from cai_utils import elo",
+    "09_rl": "from cai_utils.rl import ppo",
+    "10_elo": "from cai_utils.evaluation import elo",
 }
 GRID = "grid:\n  methods: [helpful_rlhf, rl_cai]\n  sizes: [xs, s]\n"
 RL = [f"09_rl-{method}-{size}" for method in ("helpful_rlhf", "rl_cai") for size in ("xs", "s")]
@@ -140,9 +140,9 @@ def test_every_notebook_has_its_jobs_and_waits_for_what_it_builds_on(lab):
     inputs = re.findall(r"input: ([^\n]*)\n\s+output: \S*/executed/(\S+)\.ipynb", output)
     inputs = {name: set(files.split(", ")) for files, name in inputs}
     assert "cai_utils/miniature/weights/xs/config.json" in inputs["00_miniature"]
-    assert "cai_utils/ppo.py" in inputs["09_rl-rl_cai-s"]
-    assert "cai_utils/ppo.py" not in inputs["03_critique_revision"]
-    assert not any("cai_utils/runs.py" in files for files in inputs.values())
+    assert "cai_utils/rl/ppo.py" in inputs["09_rl-rl_cai-s"]
+    assert "cai_utils/rl/ppo.py" not in inputs["03_critique_revision"]
+    assert not any("cai_utils/experiment/run.py" in files for files in inputs.values())
 
 
 @pytest.mark.parametrize("file", ["07_sl_cai", "_common"])
@@ -162,7 +162,7 @@ def test_only_what_is_out_of_date_is_run_again(lab):
     code, output = snakemake(lab)
     assert code == 0 and "Nothing to be done" in output, output
     change(lab / "params" / "miniature" / "06_critique_ablation.yaml", "n: 1\n", now + 20)
-    change(lab / "cai_utils" / "ppo.py", "x = 1\n", now + 20)
+    change(lab / "cai_utils" / "rl" / "ppo.py", "x = 1\n", now + 20)
     # ppo.py is the business of RL and of what reads its results, of nobody else.
     assert jobs(snakemake(lab)[1]) == sorted(["06_critique_ablation", *RL, "10_elo"])
     finished(lab, now + 30)

@@ -9,8 +9,10 @@ from datasets import Dataset
 from transformers import LlamaForSequenceClassification
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from cai_utils import constitution, data, dialogue, feedback, policies
-from cai_utils.sampling import Sampler
+from cai_utils import constitution, dialogue, feedback, sft
+from cai_utils.data import load
+from cai_utils.experiment import files
+from cai_utils.lm.sampling import Sampler
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +29,13 @@ def comparisons(tmp_path_factory, tokenizer):
     start = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Steal?\n\nAssistant:"
     (folder / "train.jsonl").write_text(
         json.dumps({"chosen": start + " I won't.", "rejected": start + " Sure."}) + "\n")
-    human = data.load_comparisons(folder / "train.jsonl", "train")
+    human = load.load_comparisons(folder / "train.jsonl", "train")
     pair = {"id": "p", "prompt": [{"role": "user", "content": "Lie?"}],
             "responses": ["No, and here is why.", "Yes."]}
     ai = feedback.label(Sampler(tiny.llama(context=2048), tokenizer), [pair],
                         constitution.load("default"), seed=0)
-    data.write_rows(folder / "rows.jsonl", human + ai)
-    rows = data.read_rows(folder / "rows.jsonl")
+    files.write_rows(folder / "rows.jsonl", human + ai)
+    rows = files.read_rows(folder / "rows.jsonl")
     assert [r["source"] for r in rows] == ["human", "ai"] and rows[1]["p_chosen"] < 1
     return rows
 
@@ -72,9 +74,9 @@ def test_sft_rows_of_sl_cai_in_sft(tmp_path, tokenizer):
     prompt = [{"role": "user", "content": "Lie?"}]
     chain = {"prompt": prompt, "responses": ["Yes.", "Perhaps not.", "No."], "critiques": ["", ""],
              "principles": ["a", "b"]}
-    rows = policies.sl_cai_rows([chain], [{"prompt": prompt, "response": "Hm."}], 2)
-    data.write_rows(tmp_path / "sft.jsonl", rows)
-    rows = data.read_rows(tmp_path / "sft.jsonl")
+    rows = sft.sl_cai_rows([chain], [{"prompt": prompt, "response": "Hm."}], 2)
+    files.write_rows(tmp_path / "sft.jsonl", rows)
+    rows = files.read_rows(tmp_path / "sft.jsonl")
     assert len(rows) == 3
     trainer = SFTTrainer(tiny.llama(sharp=1.0), args=settings(SFTConfig, tmp_path / "out"),
                          train_dataset=Dataset.from_list(rows), processing_class=tokenizer)

@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator
 from functools import partial
 
-from cai_utils import constitution, critique, dialogue, feedback
+from cai_utils import constitution, critique, dialogue, multiple_choice
 from cai_utils.miniature import world
 from cai_utils.miniature.judge import judge
 from cai_utils.miniature.world import norm, text_of
@@ -30,13 +30,29 @@ SHARES = {  # documents of the pretraining corpus, by weight
     "quote": 12,
     "list": 6,
 }
+
+
 QUESTION_TRIES = 4
+
+
 EXAMPLES = (80, 13, 7)  # of a question's documents, per cent with 0, 1, 2 answered ones before it
+
+
 SEVERITY_WORDS = {1: "mild ", 2: "grave "}
+
+
 YES = ("No", "Yes")
+
+
 NUMBERS = ("zero", "one", "two", "three", "four")
+
+
 IDENTIFY = "What is the answer like?"
+
+
 CLASSIFY = "Which harm does the answer bring?"
+
+
 LETTERS = " (A)", " (B)", " (C)", " (D)", " (E)", " (F)", " (G)", " (H)", " (I)"
 
 
@@ -198,12 +214,12 @@ def _question_document(rng, principle, cot: bool) -> tuple[str, str]:
         if abs(_worth(reads[0], manner) - _worth(reads[1], manner)) >= 1:
             break
     answer = LETTERS[_better(*reads, manner, rng)]
-    text = feedback.question_text(
+    text = multiple_choice.question_text(
         request.prompt(), text_of(a), text_of(b), principle["principle"], cot
     )
     if cot:
         steps = f" (A) {reads[0]['text']} (B) {reads[1]['text']}"
-        return text, f"{steps}\n\n{feedback.ANSWER_LEAD}{answer}"
+        return text, f"{steps}\n\n{multiple_choice.ANSWER_LEAD}{answer}"
     return text, answer
 
 
@@ -214,7 +230,7 @@ def options_text(request, response, question, options, cot=False) -> str:
     body = "".join(f"\n\n{short[t['role']]}: {t['content']}" for t in turns)
     listed = zip(LETTERS, options, strict=False)
     body += f"\n\n{question}" + "".join(f"\n{letter} {option}" for letter, option in listed)
-    lead = feedback.COT_LEAD if cot else feedback.ANSWER_LEAD
+    lead = multiple_choice.COT_LEAD if cot else multiple_choice.ANSWER_LEAD
     return f"\n\nHuman: Read this conversation.{body}\n\nAssistant: {lead}"
 
 
@@ -242,7 +258,7 @@ def _single_document(rng, task: str, cot: bool) -> tuple[str, str]:
     question = IDENTIFY if task == "identify" else CLASSIFY
     text = options_text(request, response, question, options, cot)
     if cot:
-        return text, f" {read['text']}\n\n{feedback.ANSWER_LEAD}{LETTERS[answer]}"
+        return text, f" {read['text']}\n\n{multiple_choice.ANSWER_LEAD}{LETTERS[answer]}"
     return text, LETTERS[answer]
 
 

@@ -1,0 +1,1 @@
+"""What is measured on what the stages made: tables with intervals."""

@@ -1,0 +1,147 @@
+"""How good AI labels are: against the truth, in calibration, and by the PMs that learn from them
+(paper 4.1, 4.3, Figure 9)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cai_utils import dialogue
+from cai_utils.data.comparisons import check
+from cai_utils.evaluation import stats
+from cai_utils.evaluation.tables import summarize
+from cai_utils.preference import soft_preference_loss
+
+
+def by_truth(comparisons, judge) -> list[dict]:
+    """Comparisons as the ground truth would label them, by their axis; those where it sees no
+    difference are left out."""
+    key, sign = {"helpful": ("helpfulness", 1), "harmless": ("harm", -1)}, []
+    for row in comparisons:
+        name, better = key[row["axis"]]
+        verdicts = [judge(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
+        sign.append(better * (verdicts[0][name] - verdicts[1][name]))
+    swapped = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if s < 0 else r
+               for r, s in zip(comparisons, sign, strict=True)]
+    return [r for r, s in zip(swapped, sign, strict=True) if s]
+
+
+def label_table(rows, judge=None) -> pd.DataFrame:
+    """What a set of labels (`feedback.label`) is like: measure, estimate, ci_low, ci_high, n.
+
+    Measures: mean p_chosen; mean position bias, and its mean size; with a `judge`, the share of
+    pairs of unequal true harm in which the less harmful response was chosen.
+    """
+    long = []
+    for row in rows:
+        found = {"mean p of the chosen": row["p_chosen"],
+                 "position bias": row["position_bias"],
+                 "size of the position bias": abs(row["position_bias"])}
+        if judge:
+            chosen, rejected = (judge(row["prompt"] + row[k])["harm"]
+                                for k in ("chosen", "rejected"))
+            if chosen != rejected and row["p_first"] != 0.5:
+                found["less harmful one chosen"] = float(chosen < rejected)
+        long += [{"id": row["id"], "measure": m, "value": v} for m, v in found.items()]
+    return summarize(pd.DataFrame(long), "measure", "value")
+
+
+def calibration_table(rows, bins=10) -> pd.DataFrame:
+    """Rows of `predictions` -> columns of Figure 9: labels, bin, mean_p, estimate (frequency),
+    ci_low, ci_high, n."""
+    tables = []
+    for name, part in pd.DataFrame(rows).groupby("labels", sort=False):
+        table = stats.calibration(part["p"], part["y"], bins)
+        tables.append(table.rename(columns={"bin_mid": "bin", "frequency": "estimate"})
+                      .assign(labels=name))
+    return pd.concat(tables, ignore_index=True)
+
+
+def calibration_errors(rows, bins=10) -> pd.DataFrame:
+    """Rows of `predictions` -> labels, measure, estimate, ci_low, ci_high, n. Measures: expected
+    calibration error; the over-confidence, mean confidence less accuracy; and the accuracy."""
+    out = []
+    for name, part in pd.DataFrame(rows).groupby("labels", sort=False):
+        p, y = part["p"].to_numpy(float), part["y"].to_numpy(float)
+        right = np.where(p == 0.5, 0.5, ((p > 0.5) == (y == 1)).astype(float))
+        found = {"expected calibration error": stats.ece(p, y, bins),
+                 "over-confidence": stats.bootstrap_mean(np.maximum(p, 1 - p) - right),
+                 "accuracy": stats.wilson(right.sum(), len(right))}
+        out += [{"labels": name, "measure": m, "estimate": e.estimate, "ci_low": e.low,
+                 "ci_high": e.high, "n": e.n} for m, e in found.items()]
+    return pd.DataFrame(out)
+
+
+def pm_agreement(scorers, tests) -> pd.DataFrame:
+    """Which comparisons PMs get right: one row per PM and comparison.
+
+    scorers: {name: preference.Scorer}; tests: {name: comparison rows}. -> columns labels (the PM),
+    test, id (the prompt), right (1, 0, or 1/2 for equal scores).
+    """
+    tables = []
+    for name, scorer in scorers.items():
+        for test, rows in tests.items():
+            ids = [dialogue.transcript(row["prompt"]) for row in rows]
+            both = [row["prompt"] + row[k] for k in ("chosen", "rejected") for row in rows]
+            better, worse = scorer.score(both).reshape(2, -1)
+            tables.append(pd.DataFrame({
+                "labels": name, "test": test, "id": ids,
+                "right": 0.5 + 0.5 * np.sign(better - worse)}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def evaluate(scorer, rows, bins=10, seed=0):
+    """How well a PM agrees with comparisons: the labels of other people, or of the feedback model.
+
+    Returns a dict:
+    - accuracy, ci_low, ci_high, n: share of rows where the PM prefers the answer that the label
+      prefers, bootstrapped over prompts; equal scores, and labels of exactly 1/2, count 1/2;
+    - loss: mean soft cross-entropy, nats; floor: the labels' own entropy, which no PM can beat;
+    - calibration: DataFrame(bin_mid, mean_p, frequency, ci_low, ci_high, n). mean_p is the PM's
+      probability of the answer it prefers (1/2 to 1), frequency how often (or, soft labels, with
+      what mean probability) the labels prefer that answer;
+    - by: DataFrame(source, axis, accuracy, n);
+    - scores: DataFrame(axis, mean, std, n) over both answers.
+    """
+    rows = check(rows)
+    both = [r["prompt"] + r[side] for side in ("chosen", "rejected") for r in rows]
+    scores = scorer.score(both).reshape(2, -1)
+    d = scores[0] - scores[1]
+    p = np.array([r["p_chosen"] for r in rows])
+    agreement = 0.5 + 0.5 * np.sign(d) * np.sign(p - 0.5)
+    prompts = [str(r["prompt"]) for r in rows]
+    accuracy, low, high, n = stats.bootstrap_mean(agreement, cluster=prompts, seed=seed)
+    loss = soft_preference_loss(*torch.from_numpy(scores), torch.from_numpy(p))
+    inner = np.clip(p, 1e-12, 1 - 1e-12)
+    names = pd.DataFrame({"source": [str(r.get("source")) for r in rows],
+                          "axis": [str(r.get("axis")) for r in rows], "accuracy": agreement})
+    long = pd.DataFrame({"axis": list(names["axis"]) * 2, "score": scores.ravel()})
+    return {
+        "accuracy": accuracy, "ci_low": low, "ci_high": high, "n": n,
+        "loss": float(loss.mean()),
+        "floor": float(-(p * np.log(inner) + (1 - p) * np.log(1 - inner)).mean()),
+        "calibration": _calibration(d, p, bins),
+        "by": names.groupby(["source", "axis"], as_index=False).agg(
+            accuracy=("accuracy", "mean"), n=("accuracy", "size")),
+        "scores": long.groupby("axis", as_index=False).agg(
+            mean=("score", "mean"), std=("score", "std"), n=("score", "size")),
+    }
+
+
+def _calibration(d, p, bins):
+    """Score differences (n,) and label probabilities (n,) -> reliability table, folded to 1/2..1.
+
+    Folded, because which answer is called `chosen` is the label's doing: unfolded, hard labels are
+    all 1 and would make any PM look under-confident below 1/2.
+    """
+    sure = 1 / (1 + np.exp(-np.abs(d)))
+    label = np.where(d >= 0, p, 1 - p)
+    which = np.minimum(((sure - 0.5) * 2 * bins).astype(int), bins - 1)
+    rows = []
+    for b in np.unique(which):
+        inside = which == b
+        frequency, low, high, n = stats.wilson(label[inside].sum(), int(inside.sum()))
+        rows.append((0.5 + (b + 0.5) / (2 * bins), sure[inside].mean(), frequency, low, high, n))
+    return pd.DataFrame(
+        rows, columns=["bin_mid", "mean_p", "frequency", "ci_low", "ci_high", "n"])

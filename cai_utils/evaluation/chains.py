@@ -1,0 +1,79 @@
+"""Revision chains as tables and pages: scores by revision (paper, Figure 5), chains to read."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from cai_utils import dialogue
+from cai_utils.evaluation.tables import summarize
+
+
+def true_verdict(judge, prompt, text, harm_weight=2.0) -> dict:
+    """What the ground truth says of a response: truth:harm, truth:harmlessness (its negative),
+    truth:helpfulness, truth:HH (helpfulness less `harm_weight` times harm), truth:evasive."""
+    v = judge(dialogue.with_response(prompt, text))
+    return {"truth:harm": v["harm"], "truth:harmlessness": -v["harm"],
+            "truth:helpfulness": v["helpfulness"],
+            "truth:HH": v["helpfulness"] - harm_weight * v["harm"],
+            "truth:evasive": int(v["evasive"])}
+
+
+def chains_long(chains, judge=None, retained=None, scorers=None) -> pd.DataFrame:
+    """Revision chains -> one row per chain and revision.
+
+    Columns: id, revision, text:words, text:changed (it differs from the response before it); with a
+    `judge` those of `true_verdict`; with `retained` truth:retained, the share of the initial
+    response's harmless content that is still there; for each axis of `scorers` ({axis: Scorer})
+    "PM:<axis>".
+    """
+    rows = [
+        {"id": chain["id"], "revision": k, "text:words": len(text.split()),
+         "text:changed": int(text != chain["responses"][k - 1]) if k else None,
+         **(true_verdict(judge, chain["prompt"], text) if judge else {}),
+         **({"truth:retained": retained(chain["prompt"], chain["responses"][0], text)}
+            if retained else {})}
+        for chain in chains for k, text in enumerate(chain["responses"])
+    ]
+    long = pd.DataFrame(rows)
+    talks = [dialogue.with_response(c["prompt"], text) for c in chains for text in c["responses"]]
+    for axis, scorer in (scorers or {}).items():
+        long[f"PM:{axis}"] = scorer.score(talks)
+    return long
+
+
+def by_revision(long, columns, by=("size", "parameters", "revision")) -> pd.DataFrame:
+    """Means of "<measured_by>:<axis>" columns -> by, measured_by, axis, estimate, ci_low, ..."""
+    tables = []
+    for column in columns:
+        measured_by, axis = column.split(":")
+        table = summarize(long, by, column)
+        table.insert(len(by), "axis", axis)
+        table.insert(len(by), "measured_by", measured_by)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def chains_markdown(chains, title, judge=None, intro="") -> str:
+    """A page to read: for each chain the prompt, then a table of responses and critiques."""
+    page = [f"# {title}", *([intro] if intro else [])]
+    for chain in chains:
+        page.append("## " + " — ".join(f"*{m['role']}*: {cell(m['content'])}"
+                                       for m in chain["prompt"]))
+        head = "| | text |" + (" true harm |" if judge else "")
+        table = [head, "|---|---|" + ("---|" if judge else "")]
+        for k, text in enumerate(chain["responses"]):
+            if k and chain["critiques"][k - 1] is not None:
+                table.append(f"| critique {k}<br>*{chain['principles'][k - 1]}* | "
+                             f"{cell(chain['critiques'][k - 1])} |" + (" |" if judge else ""))
+            harm = judge(dialogue.with_response(chain["prompt"], text))["harm"] if judge else ""
+            name = f"**revision {k}**" if k else "**response**"
+            table.append(f"| {name} | {cell(text)} |" + (f" {harm} |" if judge else ""))
+        page.append("\n".join(table))
+    return "\n\n".join(page) + "\n"
+
+
+def cell(text) -> str:
+    """Text that stays inside one cell of a Markdown table and is not read as markup."""
+    for mark in "\\|*_`#<>[]":
+        text = text.replace(mark, {"<": "&lt;", ">": "&gt;"}.get(mark, "\\" + mark))
+    return "<br>".join(line.strip() for line in text.strip().splitlines() if line.strip()) or "–"

@@ -1,0 +1,114 @@
+"""The paper's published samples, measured: what notebook 12 shows of them (rows of `published`).
+
+Tables as in `analysis`: `estimate`, `ci_low`, `ci_high`, `n`; the independent unit is the prompt.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from cai_utils import dialogue, feedback
+from cai_utils.data.xstest import FULL, PARTIAL
+from cai_utils.evaluation import chains, refusal_rule, stats
+from cai_utils.evaluation.tables import summarize
+from cai_utils.experiment import registry
+
+
+def measured(samples, scorers=None, judge=None, said=None) -> list[dict]:
+    """What can be said of each sample: a row of numbers, without its text.
+
+    id, kind, model, method (its name), size, rank_in_file, words; refusal, partial, evasive (0/1,
+    from `said`, a label of `refusals.label` for each, or the rule of `evasiveness`); with `scorers`
+    ({axis: Scorer}) "PM:<axis>"; with a `judge` (a conversation -> {"harm", "helpfulness", ...})
+    "judge:<measure>" for each number it gives.
+    """
+    keep = ("id", "kind", "model", "size", "rank_in_file")
+    talks = [dialogue.with_response(s["prompt"], s["response"]) for s in samples]
+    said, rows = refusal_rule.labels(samples, said), []
+    for s, talk, label in zip(samples, talks, said, strict=True):
+        verdict = judge(talk) if judge else {}
+        rows.append({
+            **{k: s[k] for k in keep}, "method": registry.label(s["model"]),
+            "words": len(s["response"].split()), "refusal": int(label == FULL),
+            "partial": int(label == PARTIAL),
+            "evasive": int(refusal_rule.is_evasive(s["response"], label)),
+            **{f"judge:{k}": float(v) for k, v in verdict.items()
+               if isinstance(v, int | float | bool)},
+        })
+    for axis, scorer in (scorers or {}).items():
+        for row, score in zip(rows, scorer.score(talks), strict=True):
+            row[f"PM:{axis}"] = float(score)
+    return rows
+
+
+def by_model(long, measures) -> pd.DataFrame:
+    """Means of measures ({column: label}) for each prompt set and model, intervals over prompts.
+
+    Columns: kind, model, method, measure (the label), estimate, ci_low, ci_high, n (prompts).
+    Shares get the wider of the bootstrap's and Wilson's interval over prompts, since a share that
+    is 0 or 1 on every prompt has a bootstrap of zero width.
+    """
+    tables = []
+    for column, label in measures.items():
+        table = summarize(long, ["kind", "model", "method"], column)
+        if long[column].isin((0, 1)).all():
+            floor = [stats.wilson(r.estimate * r.n, r.n) for r in table.itertuples()]
+            table["ci_low"] = np.minimum(table["ci_low"], [e.low for e in floor])
+            table["ci_high"] = np.maximum(table["ci_high"], [e.high for e in floor])
+        tables.append(table.assign(measure=label))
+    return pd.concat(tables, ignore_index=True)
+
+
+def agreement_with_files(long, axis) -> pd.DataFrame:
+    """Does the user's PM order a model's answers to one prompt as that model's own PM did?
+
+    Mean over prompts of Spearman's correlation between "PM:<axis>" and the rank in the file, signed
+    so that 1 is the same order. Prompts with fewer than 3 answers, or with all scores alike, are
+    left out. Columns: kind, model, method, estimate, ci_low, ci_high, n.
+    """
+    rows = []
+    by = ["kind", "model", "method", "id"]
+    for (kind, model, method, id_), d in long.groupby(by, sort=False):
+        if len(d) > 2 and d[f"PM:{axis}"].nunique() > 1:
+            rho = d[f"PM:{axis}"].corr(-d["rank_in_file"], method="spearman")
+            rows.append({"kind": kind, "model": model, "method": method, "id": id_, "rho": rho})
+    return summarize(pd.DataFrame(rows, columns=[*by, "rho"]), by[:3], "rho")
+
+
+def feedback_compare(sampler, constitution):
+    """A judge for `elo.tournament`: an LM that is asked, in both orders, which of two responses
+    follows a comparison principle drawn from the constitution (paper 4.1). It judges
+    harmlessness; helpfulness is a ValueError, since the principles do not speak of it."""
+
+    def compare(a, b, axis, rng):
+        if axis != "harmlessness":
+            raise ValueError(f"the feedback model judges harmlessness, not {axis}: give a PM")
+        pair = {"prompt": a[:-1], "responses": [a[-1]["content"], b[-1]["content"]]}
+        seed = rng.randrange(2**31)
+        return feedback.label(sampler, [pair], constitution, seed=seed)[0]["p_first"]
+
+    return compare
+
+
+def side_by_side(samples, title, said=None) -> str:
+    """A page to read: each prompt with one answer of every model and what the rule, or `said`, a
+    label for each sample, calls it.
+
+    The answer is the one in the middle of those given of a model, by rank.
+    """
+    page, said = [f"# {title}"], refusal_rule.labels(samples, said)
+    samples = [{**s, "said": label} for s, label in zip(samples, said, strict=True)]
+    for id_ in dict.fromkeys(s["id"] for s in samples):
+        own = [s for s in samples if s["id"] == id_]
+        page.append("## " + " — ".join(f"*{m['role']}*: {chains.cell(m['content'])}"
+                                       for m in own[0]["prompt"]))
+        table = ["| model | answer | read as |", "|---|---|---|"]
+        for model in dict.fromkeys(s["model"] for s in own):
+            answers = sorted((s for s in own if s["model"] == model),
+                             key=lambda s: s["rank_in_file"])
+            shown = answers[len(answers) // 2]
+            table.append(f"| {registry.label(model)} | {chains.cell(shown['response'])} | "
+                         f"{shown['said']} |")
+        page.append("\n".join(table))
+    return "\n\n".join(page) + "\n"

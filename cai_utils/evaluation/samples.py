@@ -1,0 +1,117 @@
+"""Policies under test: their names, what they say on the evaluation prompts, how good it is.
+
+A *sample* is a row {"id", "kind", "prompt", "response", "model", "size", "step"}: what a model of a
+size answered to one prompt, after `step` episodes of RL (0: none). The notebooks 07, 09 and 10 all
+speak of models in such rows.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from cai_utils import dialogue
+from cai_utils.data import xstest
+from cai_utils.evaluation import refusal_rule
+from cai_utils.evaluation.tables import differences, summarize
+from cai_utils.experiment import registry
+from cai_utils.experiment.registry import MEASURES, PANELS
+
+
+def show_samples(samples, models_, n=3) -> None:
+    """Print what models said to the first n prompts of each kind."""
+    for kind in dict.fromkeys(s["kind"] for s in samples):
+        ids = list(dict.fromkeys(s["id"] for s in samples if s["kind"] == kind))[:n]
+        for id_ in ids:
+            own = [s for m in models_ for s in samples
+                   if (s["kind"], s["id"], s["model"]) == (kind, id_, m)]
+            if not own:
+                continue
+            print(f"\n[{kind}] " + " / ".join(m["content"] for m in own[0]["prompt"]))
+            for s in own:
+                step = f", {s['step']} episodes" if s["step"] else ""
+                print(f"   {registry.label(s['model'])}{step}: {s['response']}")
+
+
+# ---------------------------------------------------------------------------------- the truth
+def judged(samples, judge) -> pd.DataFrame:
+    """Samples with the judge's verdicts: columns id, kind, model, size, step, response, and one
+    for each measure of the judge (`MEASURES`)."""
+    rows = []
+    for s in samples:
+        verdict = judge(dialogue.with_response(s["prompt"], s["response"]))
+        rows.append({**{k: s[k] for k in ("id", "kind", "model", "size", "step", "response")},
+                     **{m: float(verdict[m]) for m in MEASURES}})
+    return pd.DataFrame(rows)
+
+
+def truth_table(frame, by=("model", "size", "step")) -> pd.DataFrame:
+    """Means of the measures by model and kind of prompt: *by, kind, measure, estimate, ci_low,
+    ci_high, n. frame: of `judged`. Intervals over prompts."""
+    by = [*by, "kind"]
+    tables = [summarize(frame, by, m).assign(measure=m) for m in MEASURES]
+    columns = [*by, "measure", "estimate", "ci_low", "ci_high", "n"]
+    return pd.concat(tables, ignore_index=True)[columns]
+
+
+def panels_of(table, shown=PANELS) -> pd.DataFrame:
+    """Rows of a `truth_table` that a figure shows, with `axis`, what its panel is called."""
+    parts = [table[(table["kind"] == kind) & (table["measure"] == measure)].assign(axis=label)
+             for label, (kind, measure) in shown.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def compared(frame, pairs, column="model", by=("size",), shown=PANELS) -> pd.DataFrame:
+    """Paired differences a - b of the measures that a figure shows, over the prompts of both.
+
+    frame: of `judged`; pairs: (a, b), values of `column`. -> columns *by, axis, difference,
+    estimate, ci_low, ci_high, n."""
+    tables = []
+    for label, (kind, measure) in shown.items():
+        own = frame[frame["kind"] == kind]
+        table = differences(own, column, pairs, measure, list(by))
+        table.insert(len(by), "axis", label)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def wide(table, index=("model", "size", "step")) -> pd.DataFrame:
+    """A `truth_table` to read: a row per model, a column per kind and measure."""
+    text = table.assign(
+        cell=[f"{r.estimate:.2f} [{r.ci_low:.2f}, {r.ci_high:.2f}]" for r in table.itertuples()],
+        column=table["kind"] + ", " + table["measure"],
+    )
+    columns = sorted(set(text["column"]), key=list(text["column"]).index)
+    return text.pivot_table(index=list(index), columns="column", values="cell", aggfunc="first",
+                            sort=False)[columns]
+
+
+# ------------------------------------------------------------------------ where none is known
+def scored(samples, scorers) -> pd.DataFrame:
+    """What can be said of samples without a ground truth: columns id, kind, model, size, step;
+    "PM:<axis>" for each of scorers ({axis: preference.Scorer}); "text:refusal", 1 where the rule of
+    `evasiveness` reads a full refusal; "text:words"."""
+    keep = ("id", "kind", "model", "size", "step")
+    talks = [dialogue.with_response(s["prompt"], s["response"]) for s in samples]
+    frame = pd.DataFrame([{k: s[k] for k in keep} for s in samples])
+    for axis, scorer in scorers.items():
+        frame[f"PM:{axis}"] = scorer.score(talks)
+    frame["text:refusal"] = [int(x == xstest.FULL) for x in refusal_rule.labels(samples)]
+    frame["text:words"] = [len(s["response"].split()) for s in samples]
+    return frame
+
+
+def scored_table(frame, pairs, column="model") -> pd.DataFrame:
+    """Means of `scored` by size, kind of prompt and `column` ("model" or "step"), then differences
+    a - b of its values on the same prompts for each (a, b) in pairs.
+
+    -> columns measure, size, kind, group (a value of `column`, or "a - b"), estimate, ci_low,
+    ci_high, n."""
+    tables, by = [], ["size", "kind"]
+    for measure in [c for c in frame if ":" in c]:
+        means = summarize(frame, [*by, column], measure)
+        gaps = differences(frame, column, pairs, measure, by)
+        for table, name in ((means, column), (gaps, "difference")):
+            tables.append(table.rename(columns={name: "group"}).assign(measure=measure))
+    table = pd.concat(tables, ignore_index=True)
+    table["group"] = table["group"].astype(str)
+    return table[["measure", *by, "group", "estimate", "ci_low", "ci_high", "n"]]

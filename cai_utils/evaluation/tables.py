@@ -1,0 +1,65 @@
+"""What the notebooks' analyses share: rows of a stage in, tidy tables with intervals out.
+
+Every table has `estimate`, `ci_low`, `ci_high`, `n` (DESIGN section 5); a "long" table has one row
+per prompt and what was measured on it, from which such a table is summarised.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from cai_utils.evaluation import stats
+
+
+# ---------------------------------------------------------------------------------- estimates
+def summarize(long, by, value, cluster="id") -> pd.DataFrame:
+    """Mean of column `value` for each group of `by`, rows without a value left out.
+
+    95 % intervals: Wilson for 0/1 values measured once per `cluster`, else bootstrap over clusters;
+    `n` counts clusters.
+    """
+    by, rows = [by] if isinstance(by, str) else list(by), []
+    for group, d in long.dropna(subset=[value]).groupby(by, sort=False):
+        x = d[value].astype(float)
+        if x.isin((0, 1)).all() and not d[cluster].duplicated().any():
+            found = stats.wilson(x.sum(), len(x))
+        else:
+            found = stats.bootstrap_mean(x, cluster=d[cluster])
+        rows.append({**dict(zip(by, group, strict=True)), "estimate": found.estimate,
+                     "ci_low": found.low, "ci_high": found.high, "n": found.n})
+    return pd.DataFrame(rows, columns=[*by, "estimate", "ci_low", "ci_high", "n"])
+
+
+def difference(long, column, a, b, value, unit="id", cluster=None) -> stats.Estimate:
+    """Mean of `value` where `column` is `a` less where it is `b`, paired by `unit`; units that miss
+    one of the two are left out. `cluster` names a column that is the same for units which are not
+    independent; those are resampled together. ValueError when no unit has both."""
+    sides = [long[long[column] == side].dropna(subset=[value]).groupby(unit)[value].mean()
+             for side in (a, b)]
+    both = pd.concat(sides, axis=1, join="inner").astype(float)
+    if not len(both):
+        raise ValueError(f"no {unit} with both {column} = {a!r} and {column} = {b!r}")
+    groups = long.groupby(unit)[cluster].first()[both.index] if cluster else None
+    return stats.paired_difference(both.iloc[:, 0], both.iloc[:, 1], groups)
+
+
+def differences(long, column, pairs, value, by, unit="id", cluster=None) -> pd.DataFrame:
+    """`difference` of every pair (a, b) within every group of `by`; pairs that a group lacks are
+    left out. Columns: by, difference ("a - b"), estimate, ci_low, ci_high, n."""
+    by, rows = [by] if isinstance(by, str) else list(by), []
+    for group, d in long.groupby(by, sort=False):
+        for a, b in pairs:
+            if {a, b} <= set(d[column]):
+                e = difference(d, column, a, b, value, unit, cluster)
+                rows.append({**dict(zip(by, group, strict=True)), "difference": f"{a} - {b}",
+                             "estimate": e.estimate, "ci_low": e.low, "ci_high": e.high, "n": e.n})
+    return pd.DataFrame(rows, columns=[*by, "difference", "estimate", "ci_low", "ci_high", "n"])
+
+
+def report(df, by, digits=2):
+    """Print each row of a table in words: its labels, the estimate and its 95 % interval."""
+    by = [by] if isinstance(by, str) else list(by)
+    for _, row in df.iterrows():
+        label = ", ".join(f"{row[c]}" if isinstance(row[c], str) else f"{c} {row[c]:g}" for c in by)
+        print(f"{label}: {row['estimate']:.{digits}f} "
+              f"[{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}], n = {row['n']:g}")

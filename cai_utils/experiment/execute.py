@@ -1,0 +1,72 @@
+"""Run a notebook in the batch, with papermill."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+from cai_utils.experiment.files import PACKAGE
+
+
+class _Prefixed(io.TextIOBase):
+    """Standard output with the run's name before each line: two notebooks run side by side."""
+
+    def __init__(self, name: str):
+        self.name, self.rest = name, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            print(f"{self.name} | {line}", flush=True)
+        return len(text)
+
+
+def execute(root, notebook: str, params: dict, name: str) -> Path:
+    """Run a notebook with papermill; the path of the executed notebook.
+
+    It appears as runs/<profile>/executed/<name>.ipynb only when it ran to its end. One that failed
+    stays as <name>.failed.ipynb, and RuntimeError says in which cell and why.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    folder = Path(root) / "runs" / params["profile"] / "executed"
+    folder.mkdir(parents=True, exist_ok=True)
+    running, failed = folder / f"{name}.running.ipynb", folder / f"{name}.failed.ipynb"
+    # The kernel has to find this package even where it is not installed.
+    paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    os.environ["CAI_ROOT"], os.environ["CAI_RUN_NAME"] = str(root), name
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    where = f"{failed} shows how far it came"
+    try:
+        papermill.execute_notebook(
+            str(Path(root) / "notebooks" / f"{notebook}.ipynb"),
+            str(running),
+            parameters=params,
+            cwd=str(root),
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            start_timeout=300,  # seconds; a busy machine takes longer than the default 60
+            stdout_file=_Prefixed(name),
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        )
+        os.replace(running, folder / f"{name}.ipynb")
+        failed.unlink(missing_ok=True)
+    except papermill.PapermillExecutionError as error:
+        first = next((line for line in error.source.splitlines() if line.strip()), "")
+        last = (error.evalue.strip().splitlines() or [""])[-1]
+        raise RuntimeError(
+            f"{name} failed in cell In [{error.exec_count}] ({first.strip()[:60]}): "
+            f"{error.ename}: {last}\n  {where}"
+        ) from None
+    except DeadKernelError:
+        raise RuntimeError(
+            f"{name}: its kernel died, often for want of memory\n  {where}"
+        ) from None
+    finally:
+        if running.exists():
+            os.replace(running, failed)
+    return folder / f"{name}.ipynb"

@@ -1,0 +1,120 @@
+"""Files that appear whole or not at all: rows, JSON, and the repository that holds them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def read_rows(path) -> list[dict]:
+    """The rows of a .jsonl, .jsonl.gz, .csv or .parquet file.
+
+    FileNotFoundError when it is missing; ValueError for another ending, and for a line that is not
+    a JSON object, with its number. Empty lines are passed over.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    name = path.name.lower()
+    if name.endswith(".csv"):
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file))
+    if name.endswith(".parquet"):
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    if not name.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"{path}: cannot read this kind of file; give .jsonl, .jsonl.gz, .csv or "
+                         ".parquet")
+    rows = []
+    with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: a row has to be a JSON object")
+            rows.append(row)
+    return rows
+
+
+def write_rows(path, rows) -> None:
+    """Writes rows as .jsonl or .jsonl.gz, whole or not at all (a file beside it, then a rename)."""
+    path = Path(path)
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"{path}: rows are written as .jsonl or .jsonl.gz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with (gzip.open if path.name.endswith(".gz") else open)(
+            temporary, "wt", encoding="utf-8", newline="\n"
+        ) as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def repo_root() -> Path:
+    """The folder of this laboratory: ``CAI_ROOT``, or found by walking up from the working folder.
+
+    Raises FileNotFoundError when there is none (``CAI_ROOT`` names no folder, or cai_utils is
+    installed somewhere else and the working folder is outside the repository).
+    """
+    named = os.environ.get("CAI_ROOT")
+    if named:
+        if not Path(named).is_dir():
+            raise FileNotFoundError(f"CAI_ROOT={named} is not a folder; unset it or correct it")
+        return Path(named).resolve()
+    here = Path.cwd().resolve()
+    for folder in (here, *here.parents, PACKAGE.parent):
+        project = folder / "pyproject.toml"
+        if project.is_file() and 'name = "cai-lab"' in project.read_text(encoding="utf-8"):
+            return folder
+    raise FileNotFoundError(
+        f"{here} is not inside a clone of cai-lab; go there, or set CAI_ROOT to its folder"
+    )
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary path beside ``path``; on success it takes the place of ``path``.
+
+    A reader, or a run that is killed half way, sees the old file or the new one, never a part.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last because writers (matplotlib, pandas, gzip) choose the format by it.
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value) -> None:
+    """Write ``value`` as indented JSON, atomically; what JSON does not know becomes its str."""
+    with atomic(path) as temporary:
+        text = json.dumps(value, indent=1, default=str, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path) -> dict:
+    """The JSON object in a file; {} where the file is missing, no JSON, or not an object."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,175 @@
+"""Long work shows how far it is, and what is done survives a kill.
+
+A sampler reports to ``progress`` and hands what it has finished to ``pick_up``'s journal, so every
+stage that samples (responses, chains, labels) is resumable without code of its own: ``Run.rows``
+opens a journal beside its file, a second run of the same code on the same key finds each finished
+piece there, and samples only the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from contextvars import ContextVar
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+_LINE_EVERY = 30.0  # seconds between two lines where nobody watches
+
+
+_active: ContextVar[Journal | None] = ContextVar("journal", default=None)
+
+
+def progress(total, unit, show=None, done=0):
+    """A context manager with ``update(n)``: how far ``total`` pieces of work are, rate, time left.
+
+    done: pieces that were there before, which say nothing about the rate. show: True is a bar,
+    False nothing; None a bar that appears after two seconds where somebody watches (a terminal, an
+    open notebook), else, in a batch, a line of text every 30 seconds.
+    """
+    if show is None and not _watched():
+        return _Lines(total, unit, done)
+    auto = {"delay": 2, "leave": False} if show is None else {}
+    return tqdm(total=total, initial=done, unit=unit, disable=show is False, **auto)
+
+
+def _watched():
+    """A notebook that the batch runs has a name from ``runs.execute``."""
+    in_notebook = "ipykernel" in sys.modules and "CAI_RUN_NAME" not in os.environ
+    return in_notebook or sys.stderr.isatty()
+
+
+class _Lines:
+    def __init__(self, total, unit, done):
+        self.total, self.unit, self.before, self.done = total, unit, done, done
+
+    def __enter__(self):
+        self.began = self.said = time.monotonic()
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def update(self, n):
+        self.done += n
+        now = time.monotonic()
+        if now - self.said >= _LINE_EVERY and self.done > self.before:
+            self.said = now
+            rate = (self.done - self.before) / (now - self.began)
+            left = (self.total - self.done) / rate
+            print(f"{self.done} of {self.total} {self.unit}s, {rate:.3g} a second, "
+                  f"{left:.0f} s left", flush=True)  # fmt: skip
+
+
+class Journal:
+    """Finished pieces of work in a file of JSON lines: a header, then ``[key, value]`` each.
+
+    A file with another header belongs to other work and is begun anew. A last line without its end
+    (a kill while it was written) is cut off; a line that is no JSON counts as not there.
+    """
+
+    def __init__(self, path, header):
+        self.path, self.found = Path(path), {}
+        first = (json.dumps(header, sort_keys=True) + "\n").encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b")
+        self._alone = _lock(self._file)
+        if not self._alone:
+            return
+        self._file.seek(0)
+        whole = self._file.readline() == first
+        good = self._file.tell() if whole else 0
+        for line in self._file if whole else ():
+            if not line.endswith(b"\n"):
+                break
+            good += len(line)
+            with contextlib.suppress(ValueError, TypeError):
+                key, value = json.loads(line)
+                self.found[key] = value
+        self._file.truncate(good)
+        self._file.seek(0, os.SEEK_END)
+        if not whole:
+            self._file.write(first)
+            self._file.flush()
+
+    def add(self, pieces):
+        """Appends (key, value) pairs; they outlive this process from here on."""
+        if not self._alone:
+            return
+        lines = "".join(json.dumps(piece) + "\n" for piece in pieces)
+        self._file.write(lines.encode())
+        self._file.flush()
+        self.found.update(pieces)
+
+    def close(self):
+        self._file.close()
+
+    def remove(self):
+        """Closes the journal and deletes its file: the work is done and saved elsewhere."""
+        self.close()
+        if self._alone:
+            self.path.unlink(missing_ok=True)
+
+
+def _lock(file):
+    """Two runs of the same work at once would tear each other's lines: the second goes without."""
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def recording(path, header):
+    """Inside, samplers note what they finish in the ``Journal`` at ``path`` and take up what it
+    holds. The file stays when the work fails or is killed; ``remove`` it when it is done.
+
+    header: what the work depends on, JSON; another one makes the file's content void.
+    """
+    journal = Journal(path, header)
+    token = _active.set(journal)
+    try:
+        yield journal
+    finally:
+        _active.reset(token)
+        journal.close() if journal.found else journal.remove()
+
+
+def pick_up(source, jobs, describe, put):
+    """What is left of ``jobs`` -> (jobs, keep).
+
+    source: JSON that identifies a model which does not change, or None: then nothing is kept.
+    describe: job -> JSON of all that decides its result. Jobs that the active journal holds go to
+    ``put(job, value)``; ``keep(jobs, values)`` appends to it (values: JSON) and puts them too.
+    """
+    journal = _active.get() if source is not None else None
+
+    def key(job):
+        plain = json.dumps([source, describe(job)], sort_keys=True)
+        return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
+
+    keys = {job: key(job) for job in jobs} if journal else {}
+
+    def keep(done, values):
+        if journal:
+            journal.add([(keys[job], value) for job, value in zip(done, values, strict=True)])
+        for job, value in zip(done, values, strict=True):
+            put(job, value)
+
+    left = []
+    for job in jobs:
+        if journal and keys[job] in journal.found:
+            put(job, journal.found[keys[job]])
+        else:
+            left.append(job)
+    return left, keep

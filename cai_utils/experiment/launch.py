@@ -1,0 +1,124 @@
+"""Training on several devices: stages as commands for `accelerate launch`, and from a notebook.
+
+    accelerate launch --config_file params/accelerate/ddp.yaml -m cai_utils.rl.ppo CONFIG.yaml
+
+CONFIG.yaml holds the arguments of `ppo.train` (`preference.train`, `sft.finetune`); an argument
+that is the name of a .jsonl file stands for the rows in it. `wandb_project` sends PPO's metrics to
+W&B.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+
+from cai_utils.experiment.files import read_rows, write_rows
+from cai_utils.experiment.params import read_params
+
+
+def main(module, function, arguments=None):
+    """Call `module.function` with the arguments in the YAML file that the command line names."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1:
+        sys.exit(f"usage: accelerate launch -m {module} CONFIG.yaml (the arguments of {function})")
+    if not Path(arguments[0]).is_file():
+        sys.exit(f"error: {arguments[0]}: no such file; give a YAML file of {function}'s arguments")
+    try:
+        config = read_params(arguments[0])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    project = config.pop("wandb_project", None)
+    stage = getattr(importlib.import_module(module), function)
+    known = inspect.signature(stage).parameters
+    unknown = sorted(set(config) - set(known))
+    missing = [k for k, p in known.items() if p.default is p.empty and k not in config]
+    if unknown or missing:
+        sys.exit(f"error: {arguments[0]}: " + "; ".join(
+            [f"unknown argument {k}" for k in unknown] + [f"{k} is missing" for k in missing])
+            + f"; it takes the arguments of {module}.{function}")
+    for name, value in config.items():
+        if isinstance(value, str) and value.endswith(".jsonl"):
+            config[name] = read_rows(value)
+    # One W&B run, not one a process.
+    if project and "log" in known and os.environ.get("RANK", "0") == "0":
+        import wandb
+
+        config["log"] = wandb.init(project=project, config=dict(config, prompts=None)).log
+    try:
+        stage(**config)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
+    """`stage(*arguments, **more)` in this process, or in `num_processes` that `accelerate launch`
+    starts (GPUs where there are, else CPU processes). PPO's `bf16` holds there too, unless
+    `accelerate_config` is given, which says it itself.
+
+    stage: `ppo.train`, `preference.train` or `sft.finetune`. accelerate_config: a file of
+    params/accelerate/. Returns what the stage returns in one process; from several, PPO's history
+    or the training.json of its folder. RuntimeError with the last lines when they fail.
+    """
+    if num_processes == 1:
+        return stage(*arguments, **more)
+    bound = dict(inspect.signature(stage).bind(*arguments, **more).arguments)
+    log, out_dir = bound.pop("log", None), Path(bound["out_dir"])
+    with tempfile.TemporaryDirectory() as folder:
+        for name, value in bound.items():
+            if isinstance(value, list | tuple) and value and isinstance(value[0], dict | list):
+                rows = [r if isinstance(r, dict) else {"prompt": r} for r in value]
+                bound[name] = str(Path(folder) / f"{name}.jsonl")
+                write_rows(bound[name], rows)
+            elif isinstance(value, Path):
+                bound[name] = str(value)
+        config = Path(folder) / "config.yaml"
+        # Through JSON: numpy's numbers and tuples are nothing that YAML should see.
+        plain = json.loads(json.dumps(bound, default=_plain))
+        config.write_text(yaml.safe_dump(plain), encoding="utf-8")
+        bf16 = bound.get("bf16", "auto")
+        if bf16 == "auto":
+            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        begin = command(num_processes, accelerate_config, "bf16" if bf16 else "no")
+        done = subprocess.run([*begin, stage.__module__,
+                               str(config)], env=environment(), stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{stage.__module__} failed in {num_processes} processes:\n"
+                           + "\n".join(done.stderr.splitlines()[-15:]))
+    if (out_dir / "history.csv").is_file():
+        import pandas as pd
+
+        history = pd.read_csv(out_dir / "history.csv")
+        for row in history.to_dict("records") if log is not None else ():
+            log(row)
+        return history
+    return json.loads((out_dir / "training.json").read_text(encoding="utf-8"))
+
+
+def _plain(x):
+    if hasattr(x, "tolist"):
+        return x.tolist()
+    raise ValueError(f"{x!r} cannot be handed to other processes: give a folder or a file, or "
+                     "num_processes=1")
+
+
+def command(num_processes, accelerate_config=None, precision="no"):
+    """The command line up to the module's name, without a GPU for CPU processes (gloo)."""
+    plain = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", precision,
+             "--dynamo_backend", "no"]
+    config = ["--config_file", str(accelerate_config)] if accelerate_config else plain
+    return [sys.executable, "-m", "accelerate.commands.launch", *config,
+            "--num_processes", str(num_processes), "--main_process_port", "0", "-m"]
+
+
+def environment():
+    """accelerate starts CPU processes by itself through MPI only; this needs none."""
+    return dict(os.environ) | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})

@@ -1,0 +1,193 @@
+"""Parameters: what params/<profile>/ holds, checked against what the notebooks declare.
+
+``params/<profile>/_common.yaml`` is for every notebook of a profile, ``<notebook>.yaml`` for one.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import re
+from pathlib import Path
+
+import yaml
+
+
+# ------------------------------------------------------------------------- what params name
+def load_function(path):
+    """ "module:function" -> the function; None for None (a profile without a ground truth).
+
+    ValueError when there is no such module or function.
+    """
+    if path is None:
+        return None
+    module, _, name = str(path).partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path!r} names no function: write 'module:function', as in "
+            f"'cai_utils.miniature.judge:judge' ({error})"
+        ) from error
+
+
+def for_size(value, size):
+    """A parameter's value for a model size: the value itself, or its entry where it is a dict
+    {size: value}. ValueError when the dict lacks the size."""
+    if not isinstance(value, dict):
+        return value
+    if size not in value:
+        raise ValueError(f"a parameter has values for {', '.join(map(str, value))}, none for size "
+                         f"{size!r}: add it in params/")
+    return value[size]
+
+
+def source(run, spec, made_by="00_miniature"):
+    """A data spec of params: `data/...` is a file that notebook `made_by` makes in the run folder,
+    anything else is what `cai_utils.data` reads. {split: spec} is taken apart."""
+    if isinstance(spec, dict):
+        return {split: source(run, own, made_by) for split, own in spec.items()}
+    if not str(spec).startswith("data/"):
+        return spec
+    path, bracket, part = str(spec).partition("[")  # a slice stays behind it
+    found = run.need(path, made_by)
+    return f"{found}[{part}" if bracket else found
+
+
+GRID = "grid"  # key of a notebook's YAML that tells the Snakefile which runs there are
+
+
+NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def profiles(root) -> list[str]:
+    """Names of the folders of ``params/``; params/accelerate/ holds launch configs, no profile."""
+    found = (p.name for p in (Path(root) / "params").glob("*") if p.is_dir())
+    return sorted(name for name in found if name != "accelerate")
+
+
+def notebooks(root) -> list[str]:
+    """Names (without .ipynb) of the notebooks in ``notebooks/``."""
+    return sorted(p.stem for p in (Path(root) / "notebooks").glob("*.ipynb"))
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> ValueError:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    return ValueError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known) or 'none'}")
+
+
+def check_profile(root, profile: str) -> str:
+    """``profile`` itself; ValueError listing the known ones when there is no such folder."""
+    if profile not in profiles(root):
+        raise _unknown("profile", str(profile), profiles(root))
+    return profile
+
+
+def read_params(path) -> dict:
+    """A parameter file; {} when it is missing. ValueError naming the file when it is not valid."""
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold 'name: value' lines, not a {type(values).__name__}")
+    for name, value in values.items():
+        # YAML 1.1 reads 1e-4 as text, here and in `papermill -f`; training with it fails far away.
+        if isinstance(value, str) and NUMBER.fullmatch(value):
+            raise ValueError(
+                f"{path}: YAML reads {name}: {value} as text; write {_as_yaml_float(value)}"
+            )
+    return values
+
+
+def _as_yaml_float(text: str) -> str:
+    mantissa, exponent = text.lower().split("e")
+    mantissa = mantissa if "." in mantissa else mantissa + ".0"
+    return f"{mantissa}e{exponent if exponent[0] in '+-' else '+' + exponent}"
+
+
+def parse_override(text: str) -> tuple[str, object]:
+    """``"lr=1e-4"`` -> ``("lr", 0.0001)``; the value is YAML, and 1e-4 is a number here."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"{text!r} is no parameter; write name=value")
+    if NUMBER.fullmatch(value):
+        return name, float(value)
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"the value of {text!r} is no valid YAML; quote it") from None
+
+
+def declared(notebook_path) -> list[str]:
+    """Names that the notebook's cell tagged ``parameters`` assigns.
+
+    Read from the syntax tree, as papermill's own inspection misses some values over several lines.
+    """
+    import nbformat
+
+    notebook = nbformat.read(notebook_path, as_version=4)
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            names = []
+            for node in ast.parse(cell.source).body:
+                targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+                names += [t.id for t in targets if isinstance(t, ast.Name)]
+            return names
+    raise ValueError(f"{notebook_path} has no cell with the tag 'parameters'; give it one")
+
+
+def known_sizes(common: dict) -> list[str] | None:
+    """Sizes of a profile: ``series`` of its _common.yaml, or else its ``sizes``; None: any."""
+    sizes = common.get("series", common.get("sizes"))
+    return None if sizes is None else [str(s) for s in sizes]
+
+
+def check_sizes(root, params: dict, where: str = "") -> None:
+    """ValueError when ``size`` or an item of ``sizes`` is not one of the profile's."""
+    common = Path(root) / "params" / params["profile"] / "_common.yaml"
+    known = known_sizes(read_params(common))
+    asked = params.get("sizes") or []
+    asked = [asked] if isinstance(asked, str) else list(asked)
+    asked += [params["size"]] if params.get("size") is not None else []
+    for size in asked:
+        if known is not None and str(size) not in known:
+            error = _unknown("size", str(size), known)
+            raise ValueError(f"{where}{error} (params/{params['profile']}/_common.yaml)")
+
+
+def merge_params(root, notebook: str, profile: str, overrides: dict | None = None) -> dict:
+    """What a notebook gets: _common.yaml, then its own YAML, then ``overrides``.
+
+    Common values reach a notebook only if it declares them; a value of its own YAML or an override
+    that it does not declare is a ValueError, since it would silently do nothing.
+    """
+    root, overrides = Path(root), dict(overrides or {})
+    check_profile(root, profile)
+    if notebook not in notebooks(root):
+        raise _unknown("notebook", notebook, notebooks(root))
+    names = declared(root / "notebooks" / f"{notebook}.ipynb")
+    if "profile" not in names:
+        raise ValueError(f"the parameters cell of {notebook} must declare 'profile'; add it")
+    own_file = f"params/{profile}/{notebook}.yaml"
+    own = read_params(root / own_file)
+    own.pop(GRID, None)
+    common = read_params(root / "params" / profile / "_common.yaml")
+    for source, values in ((own_file, own), ("the command line", overrides)):
+        if values.get("profile", profile) != profile:
+            raise ValueError(f"{source} sets profile={values['profile']}; use --profile for that")
+        for name in values:
+            if name not in names:
+                error = _unknown("parameter", name, names)
+                raise ValueError(f"{source}: {error} (the parameters cell of {notebook})")
+        check_sizes(root, {**values, "profile": profile}, f"{source}: ")
+    merged = {**common, "profile": profile}
+    merged = {name: value for name, value in merged.items() if name in names}
+    return {**merged, **own, **overrides}

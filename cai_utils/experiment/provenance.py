@@ -1,0 +1,87 @@
+"""What a result was made from: parameters, code, versions, machine.
+
+Also the two things that everything written under ``runs/`` needs: the repository root, whatever
+folder a notebook was opened in, and files that appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
+
+
+# ---------------------------------------------------------------- what it ran on
+def git_state(root) -> dict:
+    """``{"commit": sha or None, "dirty": bool or None}`` of the clone at ``root``.
+
+    ``figures/`` does not count as dirt: every run redraws it.
+    """
+
+    def git(*arguments):
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20
+        )
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(exclude)figures")
+    except (OSError, subprocess.TimeoutExpired):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
+
+
+def versions() -> dict:
+    """Installed versions of Python and of what decides the numbers (None where missing)."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def machine() -> dict:
+    """CPU model, number of threads that torch uses (or would use), and the GPU if there is one."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(errors="replace"), re.M)
+        cpu = named.group(1).strip() if named else cpu
+    # torch takes seconds to import: ask it only if the notebook has it anyway.
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        threads = torch.get_num_threads()
+        gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    else:
+        threads, gpu = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1), None
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "gpu": gpu,
+        "platform": platform.platform(),
+    }
+
+
+def describe(root, notebook: str, params: dict) -> dict:
+    """The provenance record that stands beside every result (DESIGN section 5)."""
+    return {
+        "notebook": notebook,
+        "profile": params.get("profile"),
+        "seed": params.get("seed"),
+        "params": params,
+        "git": git_state(root),
+        "versions": versions(),
+        "machine": machine(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,240 @@
+"""Where results live: run folders, stages that resume, provenance, W&B, and the command line.
+
+In a notebook, after its parameters cell::
+
+    run = runs.start("04_revision_iterations", params)
+    chains = run.rows("chains_s", lambda: critique.revise(...), size="s", seed=seed)
+    table = run.table(scores, "fig05_revisions")
+    run.figure(plots.fig05_revisions(run.read_table("fig05_revisions")), "fig05_revisions")
+    run.finish()
+
+In the batch: ``python -m cai_utils run 04_revision_iterations --profile miniature seed=1``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+from cai_utils.experiment import fingerprint, provenance
+from cai_utils.experiment.files import atomic, read_json, repo_root, write_json
+from cai_utils.experiment.params import check_profile, check_sizes
+
+
+# ---------------------------------------------------------------- a run
+class Run:
+    """One notebook on one profile: its folders, its results and their provenance.
+
+    ``profile``, ``notebook``, ``params``, ``seed``; ``root`` (the repository), ``dir``
+    (runs/<profile>), ``provenance`` (dict, see provenance.describe).
+    """
+
+    def __init__(self, notebook: str, params: dict):
+        self.root = repo_root()
+        self.notebook, self.params = notebook, dict(params)
+        self.profile, self.seed = params["profile"], params.get("seed", 0)
+        self.dir = self.root / "runs" / self.profile
+        for name in ("data", "models", "results", "wandb", "executed"):
+            (self.dir / name).mkdir(parents=True, exist_ok=True)
+        self.provenance = provenance.describe(self.root, notebook, self.params)
+        self._started = time.time()
+        self._wandb = _start_wandb(self)
+
+    # -- places
+
+    def data(self, name: str) -> Path:
+        """runs/<profile>/data/<name>, with ``.jsonl`` added where ``name`` has no suffix."""
+        known = (".jsonl", ".json", ".gz", ".csv", ".parquet", ".txt", ".npz")
+        return self.dir / "data" / (name if name.endswith(known) else f"{name}.jsonl")
+
+    def model(self, name: str, size: str) -> Path:
+        """runs/<profile>/models/<name>/<size>, the folder of a Hugging Face model."""
+        return self.dir / "models" / name / str(size)
+
+    def need(self, path, made_by: str) -> Path:
+        """``path`` (relative ones: under runs/<profile>), which notebook ``made_by`` makes.
+
+        Raises FileNotFoundError that says how to make it when it is missing or an empty folder.
+        """
+        path = self.dir / path
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            return path
+        raise FileNotFoundError(
+            f"{path} is missing. {made_by} makes it: run `python -m cai_utils run {made_by} "
+            f"--profile {self.profile}`, or everything in order with `make figures "
+            f"PROFILE={self.profile}`"
+        )
+
+    # -- results
+
+    def rows(self, name: str, make, **key) -> list[dict]:
+        """Rows of data/<name>.jsonl if they were made with the same key, else ``make()``'s, saved.
+
+        ``key`` holds everything that ``make`` depends on apart from the code of cai_utils and its
+        own, which count by themselves: parameters, names, and a Path for each file or model folder
+        that it reads (its content counts). ValueError for a value without a fingerprint.
+
+        What ``make`` samples is kept in <name>.jsonl.partial as it comes, and taken up from there
+        after a kill or an error, as long as key and code are the same.
+        """
+        from cai_utils.experiment import journal
+        from cai_utils.experiment.files import read_rows, write_rows
+
+        path = self.data(name)
+        sidecar = path.with_name(f"{path.name}.key.json")
+        canonical = fingerprint.canonical(key, f"rows({name!r}): key")
+        new = {"key": canonical, "code": fingerprint.code_digest(make)}
+        old = read_json(sidecar)
+        if path.is_file() and {k: old.get(k) for k in new} == new:
+            rows = read_rows(path)
+            print(f"{path.name}: {len(rows)} rows, kept from an earlier run")
+            return rows
+        before = time.time()
+        with journal.recording(path.with_name(f"{path.name}.partial"), new) as journal:
+            if journal.found:
+                print(f"{path.name}: {len(journal.found)} samples of an earlier run taken up")
+            rows = list(make())
+        # Without its sidecar a file counts as not made, so a kill between the two costs no more
+        # than making it again.
+        sidecar.unlink(missing_ok=True)
+        write_rows(path, rows)
+        write_json(sidecar, {**new, "rows": len(rows), "provenance": self._now()})
+        journal.remove()
+        why = _changes(old, new) if old else ""
+        print(f"{path.name}: {len(rows)} rows, made in {time.time() - before:.1f} s{why}")
+        # Read back, so that a fresh run and a resumed one work on exactly the same values.
+        return read_rows(path)
+
+    def table(self, df, name: str) -> Path:
+        """Write ``df`` (DataFrame or list of rows) to results/<name>.csv, its provenance beside."""
+        import pandas
+
+        path = self.dir / "results" / f"{name}.csv"
+        df = df if isinstance(df, pandas.DataFrame) else pandas.DataFrame(df)
+        with atomic(path) as temporary:
+            df.to_csv(temporary, index=False, lineterminator="\n")
+            record = {
+                "table": path.name,
+                "rows": len(df),
+                "sha256": fingerprint.file_digest(temporary),
+                **self._now(),
+            }
+            # First the record: its checksum then tells whether the table beside it is its own.
+            write_json(path.with_suffix(".provenance.json"), record)
+        return path
+
+    def read_table(self, name: str, made_by: str | None = None):
+        """results/<name>.csv as a DataFrame; FileNotFoundError names the notebook that makes it."""
+        import pandas
+
+        path = self.need(Path("results") / f"{name}.csv", made_by or self.notebook)
+        return pandas.read_csv(path)
+
+    def figure(self, figure, name: str) -> Path:
+        """Write figures/<profile>/<name>.png (200 dpi) and .pdf; the path of the PNG.
+
+        No date and no program name inside: the same table gives the same bytes.
+        """
+        folder = self.root / "figures" / self.profile
+        pdf = {"CreationDate": None, "Creator": None, "Producer": None}
+        for suffix, metadata in (("pdf", pdf), ("png", {"Software": None})):
+            with atomic(folder / f"{name}.{suffix}") as temporary:
+                figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata=metadata)
+        return folder / f"{name}.png"
+
+    def trained(self, name: str, size: str, make, **key) -> Path:
+        """The folder models/<name>/<size>, made by `make(folder) -> metrics` unless it is there
+        and was made from the same `key` and code (as in `rows`).
+
+        Its metrics go to data/training_<name>_<size>.jsonl and its loss curve to W&B.
+        """
+        folder, rows = self.model(name, size), f"training_{name}_{size}"
+        if not (folder / "config.json").is_file():
+            self.data(rows).unlink(missing_ok=True)
+        (metrics,) = self.rows(rows, lambda: [make(folder)], code=make, **key)
+        for logged in metrics.get("log", ()):
+            self.log({f"{name}/{size}/{k}": v for k, v in logged.items()})
+        print(f"{name} {size}: loss {metrics['train_loss']:.3f}, {metrics['steps']} steps, "
+              f"{metrics['seconds']:.0f} s")
+        return folder
+
+    def page(self, text: str, name: str) -> Path:
+        """Write a Markdown page beside the figures: figures/<profile>/<name>.md."""
+        path = self.root / "figures" / self.profile / f"{name}.md"
+        with atomic(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        return path
+
+    def log(self, values: dict) -> None:
+        """Send numbers to W&B; nothing happens where W&B is off."""
+        if self._wandb is not None:
+            try:
+                self._wandb.log(values)
+            except Exception as error:
+                self._wandb = None
+                print(f"W&B is off from here on: {error}")
+
+    def finish(self) -> None:
+        """Note the end in executed/<name>.provenance.json and close W&B."""
+        name = os.environ.get("CAI_RUN_NAME", self.notebook)
+        write_json(self.dir / "executed" / f"{name}.provenance.json", self._now())
+        if self._wandb is not None:
+            with contextlib.suppress(Exception):
+                self._wandb.finish(quiet=True)
+            self._wandb = None
+
+    def _now(self) -> dict:
+        # The machine is asked again: torch, with its threads and GPU, may have come in since.
+        return {
+            **self.provenance,
+            "machine": provenance.machine(),
+            "seconds": round(time.time() - self._started, 1),
+        }
+
+
+def start(notebook: str, params: dict) -> Run:
+    """Begin ``notebook`` on ``params["profile"]``: folders, provenance, W&B (offline by default).
+
+    Raises ValueError for an unknown profile or size, naming the known ones.
+    """
+    if not params.get("profile"):
+        raise ValueError(f"{notebook}: params must hold 'profile', a folder of params/")
+    root = repo_root()
+    check_profile(root, params["profile"])
+    check_sizes(root, params, f"{notebook}: ")
+    return Run(notebook, params)
+
+
+def _start_wandb(run: Run):
+    """A W&B run, or None where W&B is off or broken: the record of a run is never its risk."""
+    # Offline unless the user says otherwise; trl's own reports then follow the same choice.
+    mode = os.environ.setdefault("WANDB_MODE", "offline")
+    if mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb
+
+        quiet = wandb.Settings(silent=True, console="off", x_disable_stats=True)
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "cai-lab"),
+            group=run.profile,
+            name=os.environ.get("CAI_RUN_NAME", run.notebook),
+            config={**run.params, "git": run.provenance["git"]},
+            dir=str(run.dir),  # W&B adds the folder wandb/
+            mode=mode,
+            reinit="finish_previous",
+            settings=quiet,
+        )
+    except Exception as error:
+        print(f"W&B is off: {type(error).__name__}: {error}")
+        return None
+
+
+def _changes(old: dict, new: dict) -> str:
+    before, after = old.get("key", {}), new["key"]
+    names = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+    names += ["code"] if old.get("code") != new["code"] else []
+    return f" (changed: {', '.join(names)})" if names else ""

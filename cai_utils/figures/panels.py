@@ -1,0 +1,345 @@
+"""What all figures share: style, colours, checks of a table, and the parts they are drawn from.
+
+Colours: Okabe and Ito for methods, Tol's muted set for other series, viridis for model sizes; each
+can be told apart with any common colour blindness, and the marker says the same again.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import textwrap
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import (
+    FixedFormatter,
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+)
+from scipy import stats as sps
+
+STYLE = {
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 8,
+    "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5, "legend.title_fontsize": 6.5, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
+    "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True,
+    "xtick.major.width": 0.7, "ytick.major.width": 0.7, "lines.linewidth": 1.3,
+    "lines.markersize": 4.5, "savefig.dpi": 200, "figure.dpi": 150,
+    "pdf.fonttype": 42, "svg.fonttype": "none",
+}
+
+
+# method: colour, marker. The same in every figure.
+METHODS = {
+    "pretrained": ("#000000", "X"),
+    "helpful SFT": ("#56b4e9", "v"),
+    "helpful RLHF": ("#0072b2", "o"),
+    "HH RLHF": ("#e69f00", "s"),
+    "SL-CAI": ("#009e73", "D"),
+    "RL-CAI": ("#d55e00", "^"),
+    "RL-CAI with CoT": ("#cc79a7", "P"),
+}
+
+
+_ALIASES = {"pretrainedlm": "pretrained", "rlcaicot": "RL-CAI with CoT",
+            "rlcaiwcot": "RL-CAI with CoT", "helpful": "helpful RLHF", "helpfulpm": "helpful RLHF",
+            "hh": "HH RLHF", "hhpm": "HH RLHF", "harmless": "SL-CAI", "harmlesspm": "SL-CAI"}
+
+
+# Those that look like a method's come last: one figure may show both.
+OTHER = ["#332288", "#cc6677", "#88ccee", "#882255", "#44aa99", "#ddaa33", "#117733", "#999933",
+         "#aa4499"]
+
+
+_MARKERS = "osD^vPX<>"
+
+
+DASHES = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))]
+
+
+_SIZES = ["xs", "s", "m", "l"]
+
+
+BARS = "bars: 95 % bootstrap intervals over prompts"
+
+
+ENOUGH = 20  # points of a curve from which a running mean says something
+
+
+def style():
+    """Use the project's style for whatever is drawn from here on (the functions do so anyway)."""
+    mpl.rcParams.update(STYLE)
+
+
+def _key(name):
+    return re.sub("[^a-z0-9]", "", str(name).lower())
+
+
+_KNOWN = {_key(name): name for name in METHODS}
+
+
+def looks(names):
+    """{name: (colour, marker)}: the fixed ones of methods, others in order of appearance."""
+    free, result = itertools.cycle(zip(OTHER, _MARKERS)), {}
+    for name in dict.fromkeys(names):
+        key = _key(name)
+        known = _KNOWN.get(key) or _ALIASES.get(key)
+        result[name] = METHODS[known] if known else next(free)
+    return result
+
+
+def ordered(names):
+    """Methods in the paper's order, then the rest as they come."""
+    names, rank = list(dict.fromkeys(names)), {_key(n): i for i, n in enumerate(METHODS)}
+    return sorted(names, key=lambda n: rank.get(_key(n), len(rank)))
+
+
+def sizes_of(df):
+    """{size: (colour, marker, dashes, label)}, small to large, larger is darker."""
+    names = list(dict.fromkeys(df["size"]))
+    count = df.groupby("size")["parameters"].first() if "parameters" in df else None
+    if count is not None:
+        names.sort(key=lambda s: count[s])
+    elif set(names) <= set(_SIZES):
+        names.sort(key=_SIZES.index)
+    place = {s: _SIZES.index(s) for s in names} if set(names) <= set(_SIZES) else {
+        s: i for i, s in enumerate(names)}
+    span = max(3, len(names) - 1)
+    return {s: (mpl.colormaps["viridis"](0.82 * (1 - place[s] / span)), _MARKERS[place[s] % 9],
+                DASHES[place[s] % 4],
+                f"{s} ({_count(count[s])})" if count is not None else str(s)) for s in names}
+
+
+def _count(n):
+    """Parameters as people write them: 101376 -> 0.1M, 52e9 -> 52B."""
+    scale, unit = (1e9, "B") if n >= 1e9 else (1e6, "M") if n >= 5e4 else (1, "")
+    return f"{n / scale:.2g}{unit}" if n / scale < 100 else f"{n / scale:.0f}{unit}"
+
+
+def figure(draw):
+    """Draw in the project's style, lay out while that style holds, and close in pyplot."""
+    @functools.wraps(draw)
+    def wrapped(*args, **kwargs):
+        with mpl.rc_context(STYLE):
+            fig = draw(*args, **kwargs)
+            fig.draw_without_rendering()  # ticks are made when first drawn
+        plt.close(fig)
+        return fig
+    return wrapped
+
+
+def check(df, figure, numbers, names=(), key=(), intervals=("ci_low", "ci_high")):
+    """A copy of a table that has what the figure needs, or ValueError saying what is wrong.
+
+    numbers, names: columns that must be full; intervals: pairs of low, high. key: the columns that
+    tell rows apart; two rows of the same key would be drawn as one zigzag.
+
+    Intervals may be nan (one unit has none); every other number has to be finite.
+    """
+    for column in (*names, *numbers, *intervals):
+        if column not in df:
+            raise ValueError(f"{figure}: the table has no column {column!r}; it has: "
+                             + (", ".join(map(str, df.columns)) or "none"))
+    if not len(df):
+        raise ValueError(f"{figure}: the table has no rows, column {[*names, *numbers][0]!r} is "
+                         "empty; run the notebook that makes it")
+    df = df.copy()
+    for column in (*numbers, *intervals):
+        values = pd.to_numeric(df[column], errors="coerce").astype(float)
+        bad = ~np.isfinite(values) if column in numbers else values.isna() & df[column].notna()
+        if bad.any():
+            raise ValueError(f"{figure}: column {column!r} is not a finite number in row "
+                             f"{df.index[bad][0]!r} ({df[column][bad].iloc[0]!r})")
+        df[column] = values
+    for low, high in zip(intervals[::2], intervals[1::2]):
+        if (df[low] > df[high]).any():
+            row = df.index[df[low] > df[high]][0]
+            raise ValueError(f"{figure}: column {low!r} is above {high!r} in row {row!r}")
+    for column in names:
+        if df[column].isna().any():
+            raise ValueError(f"{figure}: column {column!r} is empty in row "
+                             f"{df.index[df[column].isna()][0]!r}")
+    if key and df.duplicated(list(key)).any():
+        row = df[df.duplicated(list(key))].iloc[0]
+        raise ValueError(f"{figure}: more than one row for "
+                         + ", ".join(f"{c} = {row[c]}" for c in key) + "; average or split them")
+    return df
+
+
+def rename(df, figure, column, known):
+    """Rename the values of a column by {value: axis label}; ValueError for one it lacks."""
+    for value in dict.fromkeys(df[column]):
+        if value not in known:
+            raise ValueError(f"{figure}: column {column!r} has {value!r}; "
+                             "expected one of " + ", ".join(known))
+    return df.assign(**{column: df[column].map(known)})
+
+
+def grid(rows, cols, height=2.3, **kw):
+    """Figure and (rows, cols) axes: one column of a page wide, or a page for several panels."""
+    width = 3.4 if cols < 3 else 2.4
+    fig, axes = plt.subplots(rows, cols, figsize=(width * cols, height * rows + 0.5),
+                             squeeze=False, layout="constrained", **kw)
+    fig.get_layout_engine().set(w_pad=0.05, h_pad=0.05, wspace=0.03, hspace=0.03)
+    return fig, axes
+
+
+def line(ax, d, x, label, color, marker="o", dashes="-", shift=0.0):
+    """Draw `estimate` of rows `d` against column `x`, moved by `shift`, each with its interval."""
+    if not len(d):
+        return
+    d = d.sort_values(x)
+    at, low, high = (d[c].to_numpy(float) for c in (x, "ci_low", "ci_high"))
+    at = at + shift
+    ax.plot(at, d["estimate"], color=color, marker=marker, linestyle=dashes, label=label, zorder=3,
+            markeredgecolor="white", markeredgewidth=0.5)
+    ax.vlines(at, low, high, color=color, linewidth=1, alpha=0.8, zorder=2).set_gid("interval")
+    ax.plot(np.tile(at, 2), np.concatenate([low, high]), "_", color=color, markersize=4, alpha=0.8,
+            zorder=2)
+
+
+def dodge(i, n, span):
+    """How far to move the i-th of n series, so that bars at one x do not hide each other.
+
+    span: width of the axis; neighbours are 0.9 % of it apart.
+    """
+    return (i - (n - 1) / 2) * 0.009 * span
+
+
+def extent(values):
+    """Width of an axis that holds the values, for `dodge`."""
+    return (max(values) - min(values)) or 1
+
+
+def legend(fig, axes, note):
+    """One legend below the figure, as wide as fits, entries once, the note above them."""
+    handles = {}
+    for ax in np.ravel(axes):
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    title = textwrap.fill(note, int(fig.get_figwidth() * 19))
+    # as few rows as fit, and these filled evenly
+    for columns in sorted({-(-len(handles) // rows) for rows in range(1, len(handles) + 1)})[::-1]:
+        legend = fig.legend(handles.values(), handles.keys(), loc="outside lower center",
+                            ncol=columns, title=title, columnspacing=1.2, handlelength=2.2)
+        legend.get_title().set(multialignment="center", color="#555555")
+        if legend.get_window_extent(fig.canvas.get_renderer()).width < 0.97 * fig.bbox.width:
+            return legend
+        if columns > 1:
+            legend.remove()
+    return legend
+
+
+def _parameter_limits(counts):
+    low, high = np.min(counts), np.max(counts)
+    pad = max(1.35, (high / low) ** 0.08)
+    return low / pad, high * pad
+
+
+def parameter_axis(ax, counts):
+    """Log axis ticked at the models themselves, leaving out labels that would touch."""
+    counts = np.unique(np.asarray(counts, float))
+    low, high = _parameter_limits(counts)
+    ax.set_xscale("log")
+    ax.set_xlim(low, high)
+    panel = ax.figure.get_figwidth() / ax.get_subplotspec().get_gridspec().ncols - 0.7
+    room = np.log(high / low) * 0.45 / panel  # a label is about 0.4 inches wide
+    kept = []
+    for c in counts[::-1]:
+        if not kept or np.log(kept[-1] / c) > room:
+            kept.append(c)
+    ax.xaxis.set_major_locator(FixedLocator(kept[::-1]))
+    ax.xaxis.set_major_formatter(FixedFormatter([_count(c) for c in kept[::-1]]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("Parameters")
+
+
+def whole_axis(ax, label, values):
+    """An axis of whole numbers, as revisions are."""
+    ax.set_xlabel(label)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
+    ax.set_xlim(min(values) - 0.3, max(values) + 0.3)
+
+
+def loss_axis(ax):
+    """A logarithmic y axis for losses, with plain numbers on it."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def by_size(ax, df, hue, chance=None):
+    """Estimate against parameters, one line per value of column `hue`."""
+    low, high = _parameter_limits(df["parameters"])
+    names = ordered(df[hue])
+    span = np.log(high / low) * (1 if df["parameters"].nunique() > 1 else 6)  # there is room
+    for i, (name, look) in enumerate(looks(names).items()):
+        d = df[df[hue] == name]
+        apart = np.exp(dodge(i, len(names), span))
+        line(ax, d.assign(parameters=d["parameters"] * apart), "parameters", name, *look)
+    if chance is not None:
+        ax.axhline(chance, color="#999999", linestyle=":", linewidth=1.2, label="chance")
+        bottom, top = ax.get_ylim()
+        ax.set_ylim(min(bottom, chance - 0.05 * (top - chance)), top)
+    parameter_axis(ax, df["parameters"])
+
+
+def calibration_panel(ax, df, hue):
+    """Observed frequency against predicted probability, one line per value of column `hue`."""
+    ax.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1.2,
+            label="perfect calibration")
+    for name, look in looks(df[hue]).items():
+        line(ax, df[df[hue] == name], "mean_p", name, *look)
+    ticks = np.arange(0, 1.1, 0.25)
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=ticks, yticks=ticks,
+           xlabel="Predicted probability", ylabel="Observed frequency")
+
+
+def running(ax, x, y, label, color, dashes="-", low=None, high=None, log=False):
+    """A noisy curve: the values faintly, their running mean, and a band around that mean.
+
+    The band is the 95 % interval of the mean of a window, from the spread of the values around it.
+    With `log` both are those of the logarithm, so that a falling loss keeps a band above 0.
+    -> the window, 0 where the table brings its own interval, 1 where there are too few points.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    back = np.exp if log else np.asarray
+    if log:
+        y, low, high = (v if v is None else np.log(np.asarray(v, float)) for v in (y, low, high))
+    window, middle = (0 if low is not None else 1), y
+    if low is None and len(y) >= ENOUGH:
+        window = max(3, len(y) // 10)
+        middle = pd.Series(y).rolling(window, center=True, min_periods=1).mean().to_numpy()
+        near = pd.Series(y - middle).rolling(3 * window, center=True, min_periods=window)
+        # residuals of a mean of w points are too small by sqrt(1 - 1 / w)
+        spread = near.std().to_numpy() * np.sqrt(window / (window - 1))
+        count = pd.Series(y).rolling(window, center=True, min_periods=1).count().to_numpy()
+        half = spread * sps.t.ppf(0.975, near.count().to_numpy() - 1) / np.sqrt(count)
+        low, high = middle - half, middle + half
+        ax.plot(x, back(y), color=color, linewidth=0.5, alpha=0.35)
+    if low is not None:
+        band = ax.fill_between(x, back(low), back(high), color=color, alpha=0.2, linewidth=0)
+        band.set_gid("interval")
+    ax.plot(x, back(middle), color=color, linestyle=dashes, label=label)
+    return window
+
+
+def band_note(windows):
+    """What the bands of `running` are, for the windows that were used."""
+    notes = {0: "bands: 95 % intervals",
+             1: f"no band: fewer than {ENOUGH} points and no interval in the table"}
+    wide = sorted(w for w in windows if w > 1)
+    if wide:
+        span = f"{wide[0]}" if wide[0] == wide[-1] else f"{wide[0]} to {wide[-1]}"
+        notes[2] = (f"lines: running mean of {span} points; bands: its 95 % interval, "
+                    "points taken as independent")
+    return "; ".join(notes[k] for k in (2, 0, 1) if k in {min(w, 2) for w in windows})

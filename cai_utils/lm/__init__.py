@@ -1,0 +1,1 @@
+"""A language model to sample from, score with and train."""

@@ -1,0 +1,307 @@
+"""One batch of token ids -> token ids: the loop under ``sampling.py``.
+
+Everything here works on prompts as lists of ids. A batch is padded on the left, so that its newest
+tokens share a column of the key/value cache, which is allocated once per batch (a large one on a
+CPU: a few columns ahead, see ``kvcache.room``).
+
+A beginning that many prompts of a call share (few-shot examples) is computed once, and its keys
+and values are copied into the rows before their own tokens are computed. It needs no special mask:
+every row feeds its last tokens, as many as the longest row has behind the shared ones, so rows stay
+padded on the left alone. A shorter row computes some shared tokens again where it would compute
+padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import OrderedDict
+from itertools import groupby
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache
+
+from cai_utils.lm.kvcache import Layer, bytes_per_token, memory_budget, room, shared_beginnings
+from cai_utils.lm.models import check_causal
+
+# Architectures whose attention takes a ready-made additive mask in every layer. It is built once
+# per batch instead of in every step; all others get the usual 0/1 mask.
+_MASK_ONCE = {"llama", "gpt_neox", "gpt2", "qwen2", "qwen3", "olmo2", "smollm3"}
+
+
+_COMPACT_BELOW = 0.8  # live share of a batch under which the finished rows are dropped
+
+
+_SDPA_FROM = 192  # tokens
+
+
+_PREFILL_TOKENS = 2048  # on a CPU: activations that stay near the caches
+
+
+SCORE_ELEMENTS = 2**25  # attention scores or logits held at once
+
+
+class Engine:
+    """Prefills, decodes and scores with one causal LM.
+
+    ValueError for a model that is not causal or keeps no plain key/value cache.
+    """
+
+    def __init__(self, model, batch_tokens=None):
+        self.model = model
+        check_causal(type(model).__name__, model.config)
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if (model.get_output_embeddings() is None
+                or kinds - {"full_attention", "sliding_attention"}):  # fmt: skip
+            raise ValueError(
+                f"a {config.model_type} cannot be sampled here: it is not a causal LM with plain "
+                "attention; give a decoder such as a Llama, Qwen, GPT-NeoX or GPT-2"
+            )
+        self.n_layers, self.n_heads = config.num_hidden_layers, config.num_attention_heads
+        self.vocab_size = config.vocab_size
+        self.context = getattr(config, "max_position_embeddings", None)
+        self._token_bytes = bytes_per_token(model, config)
+        self.batch_tokens = batch_tokens or memory_budget(model.device, self._token_bytes)
+        self._shared, self._prefixes = {}, OrderedDict()
+        self._mask_once = (
+            config.model_type in _MASK_ONCE
+            and "sliding_attention" not in kinds
+            and config._attn_implementation in ("eager", "sdpa")
+        )
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._has_sdpa = bool(getattr(inner, "_supports_sdpa", False))
+        self._accepts = set(inspect.signature(inner.forward).parameters)
+
+    def decode(self, prompts, limits, uniforms, temperature, top_p, ends, may_stop, cut):
+        """Samples one continuation of each of B prompts, up to ``limits[b]`` tokens.
+
+        uniforms: (B, max limit) in [0, 1), None at temperature 0. ends: (V,) bool, tokens that end
+        a row. may_stop: (V,) bool or None, tokens after which ``cut(ids)`` is asked for the text up
+        to a stop string (None: there is none yet).
+        Returns a list of ids and one of log-probabilities per row, and {row: text} of those cut.
+        """
+        rows, steps, width = len(prompts), max(limits), max(map(len, prompts))
+        ahead = room(steps, rows * (width + steps) * self._token_bytes, self.model.device)
+        logits, cache, pad = self._prefill(prompts, extra=ahead)
+        device = logits.device
+        mask = self._mask(pad, width + steps - 1, 1)
+        limits = torch.tensor(limits, device=device)
+        if uniforms is not None:
+            uniforms = torch.from_numpy(uniforms).to(device)
+        tokens = torch.zeros(rows, steps, dtype=torch.long, device=device)
+        logprobs = torch.zeros(rows, steps, device=device)
+        lengths, cuts = limits.clone(), {}
+        live = torch.arange(rows, device=device)
+        open_ = torch.ones(rows, dtype=torch.bool, device=device)
+        for t in range(steps):
+            u = None if uniforms is None else uniforms[live, t]
+            token, logprob = _pick(logits, temperature, top_p, u)
+            tokens[live, t], logprobs[live, t] = token, logprob
+            ended = ends[token] | (t + 1 >= limits[live])
+            if may_stop is not None:
+                for b in (may_stop[token] & open_ & ~ends[token]).nonzero()[:, 0].tolist():
+                    text = cut(tokens[live[b], : t + 1].tolist())
+                    if text is not None:
+                        cuts[live[b].item()] = text
+                        ended[b] = True
+            ended &= open_
+            lengths[live[ended]] = t + 1
+            open_ &= ~ended
+            n_open = int(open_.sum())
+            if n_open == 0:
+                break
+            if n_open < _COMPACT_BELOW * len(live):
+                keep = open_.nonzero()[:, 0]
+                live, pad, mask, token = live[keep], pad[keep], mask[keep], token[keep]
+                open_ = open_[keep]
+                for layer in cache.layers:
+                    layer.select(keep)
+            position = self._within((width + t - pad)[:, None])
+            logits = self._forward(
+                token[:, None], position, mask[..., : width + t + 1], cache, keep=1
+            )[:, -1]
+        if not torch.isfinite(logprobs).all():
+            raise ValueError("the model's logits are not finite; look at its weights and dtype")
+        lengths = lengths.tolist()
+        ids = [row[:k] for row, k in zip(tokens.tolist(), lengths, strict=True)]
+        return ids, [row[:k] for row, k in zip(logprobs.tolist(), lengths, strict=True)], cuts
+
+    @contextlib.contextmanager
+    def sharing(self, prompts):
+        """Inside, beginnings that these prompts share are computed once, where that pays."""
+        for shared, group in shared_beginnings(list(dict.fromkeys(map(tuple, prompts)))):
+            self._shared.update(dict.fromkeys(group, shared))
+        try:
+            yield
+        finally:
+            self._shared.clear()
+            self._prefixes.clear()
+
+    def score(self, prompts, sequences):
+        """Summed log-probabilities: one float64 array of C per prompt."""
+        flat = [ids for row in sequences for ids in row]
+        owner = [i for i, row in enumerate(sequences) for _ in row]
+        fed = max(map(len, flat)) - 1
+        logits, cache, pad = self._prefill([prompts[i] for i in owner], extra=fed)
+        device = logits.device
+        ids = torch.tensor([row + [0] * (fed + 1 - len(row)) for row in flat], device=device)
+        real = torch.tensor([[1] * len(r) + [0] * (fed + 1 - len(r)) for r in flat], device=device)
+        logprobs = torch.log_softmax(logits.float(), -1)[:, None]
+        total = logprobs.gather(-1, ids[:, :1, None])[:, 0, 0].double()
+        if fed:
+            width = cache.layers[0].length
+            position = width - pad[:, None] + torch.arange(fed, device=device)
+            position = self._within(position)
+            mask = self._mask(pad, width, fed)
+            logits = self._forward(ids[:, :-1], position, mask, cache, keep=fed)
+            logprobs = torch.log_softmax(logits.float(), -1)
+            more = logprobs.gather(-1, ids[:, 1:, None])[..., 0].double()
+            total += torch.where(real[:, 1:].bool(), more, 0.0).sum(-1)
+        if not torch.isfinite(total).all():
+            raise ValueError("the model's logits are not finite; look at its weights and dtype")
+        bounds = np.cumsum([len(row) for row in sequences])[:-1]
+        return np.split(total.cpu().numpy(), bounds)
+
+    def _prefill(self, prompts, extra):
+        """Prompts -> last logits (B, V), the cache with room for ``extra`` tokens (None without),
+        and each row's padding (B,). Equal prompts are computed once and copied.
+        """
+        device = self.model.device
+        rows = {}
+        for b, ids in enumerate(prompts):
+            rows.setdefault(tuple(ids), []).append(b)
+        width, parts = max(map(len, rows)), []
+
+        def beginning_of(ids):
+            return ids[: self._shared.get(ids, 0)]
+
+        ordered = sorted(rows, key=lambda ids: (beginning_of(ids), -len(ids)))
+        for beginning, members in groupby(ordered, beginning_of):
+            group, start = list(members), 0
+            while start < len(group):
+                part = group[start : start + self._part_size(len(group[start]), len(beginning))]
+                start += len(part)
+                where = [b for ids in part for b in rows[ids]]
+                source = [i for i, ids in enumerate(part) for _ in rows[ids]]
+                where, source = (torch.tensor(x, device=device) for x in (where, source))
+                parts.append((where, source, *self._compute(part, beginning)))
+        pad = torch.tensor([width - len(ids) for ids in prompts], device=device)
+        logits = parts[0][2].new_empty(len(prompts), parts[0][2].shape[1])
+        for where, source, part, _ in parts:
+            logits[where] = part[source]
+        if not extra:
+            return logits, None, pad
+        whole = Cache(layers=[Layer() for _ in range(self.n_layers)])
+        for i, layer in enumerate(whole.layers):
+            own = [(where, source, cache.layers[i]) for where, source, _, cache in parts]
+            layer.gather(own, len(prompts), width, width + extra)
+        return logits, whole, pad
+
+    def _part_size(self, longest, shared):
+        """How many prompts are computed at once."""
+        tokens = self.batch_tokens if self.model.device.type != "cpu" else _PREFILL_TOKENS
+        fed = longest - shared
+        return max(1, min(tokens // fed, SCORE_ELEMENTS // (self.n_heads * fed * longest)))
+
+    def _compute(self, prompts, beginning):
+        """Last logits (B, V) and cache of prompts, longest first, that all have this beginning."""
+        shared, longest = len(beginning), len(prompts[0])
+        fed = longest - shared
+        device = self.model.device
+        ids = [(0,) * (fed - len(ids)) + ids[-fed:] for ids in prompts]
+        pad = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+        position = (torch.arange(shared, longest, device=device) - pad[:, None]).clamp(min=0)
+        cache = Cache(layers=[Layer() for _ in range(self.n_layers)])
+        if shared:
+            # Row b's columns hold the beginning from its padding on; those before it are void.
+            column = (torch.arange(shared, device=device) - pad[:, None]).clamp(min=0)
+            for layer, done in zip(cache.layers, self._prefix(beginning).layers, strict=True):
+                layer.begin(done, column, longest)
+        ids, mask = torch.tensor(ids, device=device), self._mask(pad, shared, fed)
+        with self._attention_for(longest):
+            return self._forward(ids, position, mask, cache, keep=1)[:, -1], cache
+
+    @contextlib.contextmanager
+    def _attention_for(self, longest):
+        """SDPA for long prompts of a small model on a CPU: eager attention, the faster one for
+        short ones, writes all scores to memory (measured: 1.5 to 1.8 times slower from 256 on)."""
+        own = self.model.config._attn_implementation
+        if longest < _SDPA_FROM or own != "eager" or not self._mask_once or not self._has_sdpa:
+            yield
+            return
+        self.model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(own)
+
+    def _prefix(self, beginning):
+        """The cache of a shared beginning, kept while the call lasts and memory allows."""
+        cache = self._prefixes.pop(beginning, None)
+        if cache is None:
+            _, cache = self._compute([beginning], ())
+        self._prefixes[beginning] = cache
+        # Batches are ordered by length, so each may meet every beginning: all of them should fit.
+        while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > self.batch_tokens:
+            self._prefixes.popitem(last=False)
+        return cache
+
+    def _within(self, position):
+        """Rows that have ended, and the padding after a short choice, would run out of the learned
+        positions; what they compute there is void."""
+        return position if self.context is None else position.clamp(max=self.context - 1)
+
+    def _mask(self, pad, past, new):
+        """For ``new`` queries after ``past`` cached columns, the first ``pad`` of a row void:
+        an additive mask (B, 1, new, past + new), or where the model must build it 0/1 (B, ...)."""
+        column = torch.arange(past + new, device=pad.device)
+        void = column < pad[:, None]
+        if not self._mask_once:
+            return (~void).long()
+        later = column > past + torch.arange(new, device=pad.device)[:, None]
+        mask = torch.zeros(len(pad), 1, new, past + new, dtype=self.model.dtype, device=pad.device)
+        lowest = torch.finfo(mask.dtype).min
+        return mask.masked_fill_(void[:, None, None] | later, lowest)
+
+    def _forward(self, ids, position, mask, cache, keep):
+        """Logits (B, keep, V) of the last ``keep`` positions."""
+        extra = {"position_ids": position, "logits_to_keep": keep}
+        extra = {k: v for k, v in extra.items() if k in self._accepts}
+        out = self.model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra
+        )
+        return out.logits[:, -keep:]
+
+
+def _pick(logits, temperature, top_p, uniforms):
+    """One token per row and its log-probability: logits (B, V), uniforms in [0, 1) (B,)."""
+    logits = logits.float()
+    if temperature == 0:
+        logprobs = torch.log_softmax(logits, -1)
+        token = logits.argmax(-1)
+    else:
+        logprobs = torch.log_softmax(logits / temperature, -1)
+        weights, order = logprobs.exp(), None
+        if top_p < 1:
+            weights, order = weights.sort(-1, descending=True)
+            weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p, 0.0)
+        cdf = weights.cumsum(-1)
+        # The first token whose cumulative weight passes u: never one of weight zero.
+        token = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
+        token = token.clamp_(max=cdf.shape[-1] - 1)
+        token = (token if order is None else order.gather(-1, token))[:, 0]
+    return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True

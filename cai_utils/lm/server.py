@@ -1,0 +1,339 @@
+"""Sampling and scoring on an OpenAI-compatible server: vLLM, SGLang, llama.cpp, transformers serve.
+
+``server:http://host:port/v1#model`` stands wherever a model spec does. Every completion is one
+request of its own, with a seed made from (seed, input, sample): answers come back in any order and
+are put in place, and a request that failed is asked again without doubling anything.
+``endpoint.py`` sends the requests and holds no key but that of the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import accumulate
+
+import numpy as np
+
+from cai_utils.dialogue import render, uses_transcript
+from cai_utils.experiment import journal
+from cai_utils.lm import models
+from cai_utils.lm.completion import (
+    Completion,
+    check_choices,
+    check_inputs,
+    check_settings,
+    check_texts,
+    render_all,
+)
+from cai_utils.lm.endpoint import Endpoint, check_url
+from cai_utils.seeds import stable_int
+
+_TAIL = 24  # characters of a text by which its end is found among a server's tokens
+
+
+class Server:
+    """One model on one server, with the ``generate`` and ``choice_logprobs`` of a ``Sampler``.
+
+    tokenizer: the model's own. With it a conversation is rendered here and sent as text, as for a
+    local model. Without one the server renders it, by its chat template if it has one, else it is
+    the paper's transcript; an answer that is begun for a chat model, as ``feedback`` does, needs a
+    tokenizer. concurrency: requests under way at once. options: of ``endpoint.Endpoint``.
+    """
+
+    context = None  # the server knows it
+
+    def __init__(self, url, model, tokenizer=None, *, concurrency=16, **options):
+        self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
+        self.endpoint = Endpoint(self.url, model, connections=concurrency, **options)
+        self.tokenizer = tokenizer if tokenizer is not None else _Unknown(self.endpoint)
+        self.source = ["server", self.url, model]
+        self._scoring, self._tells_logprobs, self._takes_stop = None, True, None
+
+    @classmethod
+    def from_spec(cls, spec, **options):
+        """``server:URL#model``, with ``;tokenizer=SPEC`` behind it where conversations are to be
+        rendered here (SPEC as in ``models.resolve``; taken by itself where the model's name is a
+        local folder). ValueError for another form, and for a URL that holds a key."""
+        url, _, rest = str(spec).removeprefix("server:").partition("#")
+        model, _, named = rest.partition(";tokenizer=")
+        try:
+            check_url(url)
+        except ValueError as error:
+            if "keys" in str(error):
+                raise
+            model = ""
+        if not model:
+            raise ValueError(
+                f"{spec}: a server is given as server:http://host:port/v1#model, where model is "
+                "the name under which it serves"
+            )
+        if not named and os.path.isfile(os.path.join(model, "tokenizer_config.json")):
+            named = model
+        tokenizer = models.load_tokenizer(named) if named else None
+        return cls(url, model, tokenizer, **options)
+
+    def __repr__(self):
+        return f"Server({self.url!r}, {self.model!r})"
+
+    def generate(
+        self, inputs, *, n=1, temperature=1.0, top_p=1.0, max_new_tokens=128, stop=(), seed=0,
+        progress=None,
+    ):  # fmt: skip
+        """As ``Sampler.generate``. What differs: ``token_ids`` are empty, for servers tell texts;
+        ``logprobs`` are the server's own, empty where it tells none; "eos" is told from "stop" as
+        far as the server does. The same seed gives the same text if the server keeps to it.
+
+        ValueError for what the server refuses (a prompt beyond its context, an unknown model),
+        naming the input; ConnectionError for a server that is dead or goes on failing.
+        """
+        check_settings(n, temperature, top_p, max_new_tokens)
+        check_inputs(inputs)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stop:
+            raise ValueError("stop string '': it would end every completion before it begins")
+        asked = self._rendered(inputs)
+        jobs = [(r, s) for r in range(len(asked)) for s in range(n)]
+        out = [[None] * n for _ in asked]
+        settings = [temperature, top_p, max_new_tokens, list(stop), seed]
+
+        def put(job, value):
+            out[job[0]][job[1]] = Completion(*value)
+
+        left, keep = journal.pick_up(
+            self.source, jobs, lambda job: ["generate", asked[job[0]], *job, settings], put
+        )
+
+        def sample(job, halt):
+            body = {
+                "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+                "seed": stable_int("server", seed, *job),
+            }  # fmt: skip
+            if stop:
+                body["stop"] = list(stop)
+            completion = self._complete(asked[job[0]], body, halt)
+            return [completion.text, [], completion.logprobs, completion.finish_reason]
+
+        names = {job: f"input {job[0]}" for job in left}
+        self._work(left, sample, keep, names, "completion", len(jobs), progress)
+        return out
+
+    def choice_logprobs(self, texts, choices, progress=None):
+        """As ``Sampler.choice_logprobs``, from the log-probabilities that the server tells of a
+        prompt's tokens (``echo`` with ``logprobs``, or ``prompt_logprobs``).
+
+        ValueError also for a server that tells none, and where its vocabulary merges the end of a
+        text with the choice.
+        """
+        check_inputs(texts)
+        texts = render_all(texts, self.tokenizer)
+        check_texts(texts)
+        choices = check_choices(texts, choices)
+        for i, own in enumerate(choices):
+            if "" in own:
+                raise ValueError(f"text {i}: the choice '' is empty; drop it")
+        out = np.full((len(texts), max(map(len, choices))), -np.inf)
+
+        def put(i, row):
+            out[i, : len(row)] = row
+
+        left, keep = journal.pick_up(
+            self.source, list(range(len(texts))), lambda i: ["choices", texts[i], choices[i]], put
+        )
+
+        def score(i, halt):
+            found = [self._score(texts[i], choice, halt) for choice in choices[i]]
+            for a, (first, _) in enumerate(found):
+                for b, (second, _) in enumerate(found):
+                    if a != b and second[: len(first)] == first:
+                        raise ValueError(
+                            f"the tokens of choice {choices[i][a]!r} begin those of "
+                            f"{choices[i][b]!r}, so their probabilities overlap; end both with a "
+                            "mark, as in ' (A)'"
+                        )
+            row = np.array([sum(logprobs) for _, logprobs in found])
+            return (row - np.logaddexp.reduce(row)).tolist()
+
+        if left and self._scoring is None:
+            # Characters that are several tokens cannot be found again in a server's answer.
+            probe = texts[left[0]][-200:] + choices[left[0]][0]
+            self._scoring = self._way_to_score(probe if probe.isascii() else "1 or 2? (2)")
+        names = {i: f"text {i}" for i in left}
+        self._work(left, score, keep, names, "question", len(texts), progress)
+        return out
+
+    # Work
+
+    def _work(self, jobs, run, keep, names, unit, total, progress):
+        """Runs jobs in threads and keeps each result at once; the first error ends the rest."""
+        halt, waiting = threading.Event(), iter(jobs)
+        pool = ThreadPoolExecutor(self.concurrency)
+        under_way = {}
+        try:
+            with journal.progress(total, unit, progress, total - len(jobs)) as bar:
+                while True:
+                    for job in waiting:
+                        under_way[pool.submit(run, job, halt)] = job
+                        if len(under_way) >= 2 * self.concurrency:
+                            break
+                    if not under_way:
+                        return
+                    done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        job = under_way.pop(future)
+                        try:
+                            value = future.result()
+                        except ValueError as error:
+                            raise ValueError(f"{names[job]}: {error}") from None
+                        keep([job], [value])
+                        bar.update(1)
+        except (ValueError, ConnectionError):
+            halt.set()  # no more tries; but answers that are under way are waited for and kept
+            pool.shutdown(cancel_futures=True)
+            for future, job in under_way.items():
+                if not future.cancelled() and future.exception() is None:
+                    keep([job], [future.result()])
+            raise
+        finally:
+            halt.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _rendered(self, inputs):
+        """Texts, or messages where the server is to render them."""
+        here = not isinstance(self.tokenizer, _Unknown)
+        asked = [
+            item if not isinstance(item, str) and not here and not uses_transcript(self.tokenizer)
+            else render(item, self.tokenizer) for item in inputs
+        ]  # fmt: skip
+        check_texts(asked)
+        return [self._without_bos(a) if isinstance(a, str) else a for a in asked]
+
+    def _without_bos(self, text):
+        """The server puts the token at a text's beginning itself."""
+        bos = getattr(self.tokenizer, "bos_token", None)
+        if bos and text.startswith(bos) and self.tokenizer("")["input_ids"]:
+            return text[len(bos) :]
+        return text
+
+    def _complete(self, asked, body, halt):
+        as_text = isinstance(asked, str)
+        path = "completions" if as_text else "chat/completions"
+        body = {**body, ("prompt" if as_text else "messages"): asked}
+        strings = body.get("stop", ())
+        if self._tells_logprobs:
+            body["logprobs"] = 1 if as_text else True
+        if strings and self._takes_stop is False:
+            del body["stop"]
+        answer = None
+        while answer is None:
+            unsure = "stop" in body and self._takes_stop is None
+            try:
+                answer = self.endpoint.post(path, body, halt, tries=2 if unsure else None)
+            except (ValueError, ConnectionError) as error:
+                # Texts are cut here anyway, so stop strings that a server cannot bear are left
+                # out: some take four of them, `transformers serve` none with some tokenizers.
+                if unsure and ("stop" in str(error) or "HTTP 5" in str(error)):
+                    del body["stop"]
+                elif "logprobs" in body and "logprobs" in str(error):
+                    self._tells_logprobs = False
+                    del body["logprobs"]
+                elif unsure and isinstance(error, ConnectionError):
+                    answer = self.endpoint.post(path, body, halt)
+                else:
+                    raise
+        # What one request found out holds for all; but not against one that was taken with them.
+        if strings and self._takes_stop is None:
+            self._takes_stop = "stop" in body
+        choice = answer["choices"][0]
+        text = choice["text"] if as_text else choice["message"].get("content") or ""
+        told = choice.get("logprobs") or {}
+        logprobs = told.get("token_logprobs") or [t["logprob"] for t in told.get("content") or ()]
+        reason = choice.get("finish_reason")
+        found = [at for s in strings if (at := text.find(s)) >= 0]  # some servers leave it in
+        named = [choice[k] for k in ("stop_reason", "matched_stop") if k in choice]
+        if found or any(isinstance(stop, str) for stop in named):
+            text, reason = text[: min(found, default=len(text))], "stop"
+        elif reason != "length":
+            reason = "stop" if strings and not named else "eos"
+        return Completion(text, [], list(logprobs or ()), reason)
+
+    def _way_to_score(self, text):
+        """How this server tells the log-probabilities of a prompt's tokens, found by asking."""
+        refused = ""
+        for way in ("echo", "prompt_logprobs"):
+            try:
+                pieces, _ = self._tokens(text, threading.Event(), way)
+            except ValueError as error:
+                refused = f". It says: {error}"
+                continue
+            if text[-_TAIL:] in "".join(pieces):
+                return way
+        raise ValueError(
+            f"{self.url} tells no log-probabilities of a prompt's tokens for {self.model} (neither "
+            "`echo` with `logprobs` nor `prompt_logprobs`), so choices cannot be scored there; "
+            f"serve the model with vLLM or SGLang, or load it here{refused}"
+        )
+
+    def _score(self, text, choice, halt):
+        """The tokens of a choice behind a text, and the log-probability of each."""
+        pieces, logprobs = self._tokens(text + choice, halt, self._scoring)
+        whole, end = "".join(pieces), text[-_TAIL:] + choice
+        at = whole.rfind(end) + len(end)
+        bounds = {length: k for k, length in enumerate(accumulate(map(len, pieces), initial=0))}
+        first, last = bounds.get(at - len(choice)), bounds.get(at)
+        if end not in whole or first is None or last is None or None in logprobs[first:last]:
+            raise ValueError(
+                f"the tokens of {self.model} do not end where the text {text[-_TAIL:]!r} does "
+                f"before the choice {choice!r}, so the server's numbers are not those of the "
+                "choice; begin it with a space or a mark, or load the model here"
+            )
+        return pieces[first:last], logprobs[first:last]
+
+    def _tokens(self, text, halt, way):
+        """A prompt's tokens as text, and their log-probabilities (the first's is None)."""
+        ask = {"echo": True, "logprobs": 1} if way == "echo" else {"prompt_logprobs": 0}
+        body = {"prompt": self._without_bos(text), "max_tokens": 1, "temperature": 0, **ask}
+        answer = self.endpoint.post("completions", body, halt)
+        choice = answer["choices"][0]
+        if way == "echo":
+            told = choice.get("logprobs") or {}
+            pieces, logprobs = told.get("tokens") or [], told.get("token_logprobs") or []
+            made = (answer.get("usage") or {}).get("completion_tokens", 0)
+            pieces, logprobs = pieces[: len(pieces) - made], logprobs[: len(pieces) - made]
+        else:
+            told = choice.get("prompt_logprobs") or answer.get("prompt_logprobs") or []
+            told = [next(iter((entry or {}).values()), {}) for entry in told]
+            pieces = [entry.get("decoded_token") or "" for entry in told]
+            logprobs = [entry.get("logprob") for entry in told]
+        marks = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n"})  # raw vocabularies
+        pieces = [piece.translate(marks) for piece in pieces]
+        rest = "".join(pieces[1:])
+        if pieces and not pieces[0] and text.endswith(rest):  # of the first nothing may be told
+            pieces[0] = text[: len(text) - len(rest)]
+        return pieces, logprobs
+
+
+class _Unknown:
+    """Stands for the tokenizer of a served model whose own is not at hand."""
+
+    def __init__(self, endpoint):
+        self._endpoint, self._template = endpoint, None
+
+    @property
+    def chat_template(self):
+        """Not empty where the server renders conversations itself; asked for once."""
+        if self._template is None:
+            hello = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+            try:
+                self._endpoint.post("chat/completions", hello, threading.Event())
+                self._template = "the server's"
+            except ValueError:
+                self._template = ""
+        return self._template
+
+    def apply_chat_template(self, *_, **__):
+        url, model = self._endpoint.url, self._endpoint.model
+        raise ValueError(
+            f"{url} applies the chat template of {model} itself, so an answer cannot be begun for "
+            f"it; name its tokenizer: server:{url}#{model};tokenizer=FOLDER"
+        )

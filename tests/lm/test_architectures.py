@@ -1,0 +1,102 @@
+"""A preference model, a value model and a policy from any causal LM: tiny random ones of four
+architectures, with and without bos, tied and untied heads, rotary and learned positions."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+
+from cai_utils import preference
+from cai_utils.lm import models, tokens, training
+from cai_utils.rl import networks, packing
+
+SIZE = dict(vocab_size=259, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+BODY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+            max_position_embeddings=256)
+CONFIGS = {
+    "Llama": transformers.LlamaConfig(**SIZE, **BODY, num_key_value_heads=1),
+    "Qwen2": transformers.Qwen2Config(**SIZE, **BODY, num_key_value_heads=2,
+                                      tie_word_embeddings=True),
+    "GPTNeoX": transformers.GPTNeoXConfig(**SIZE, **BODY),
+    "GPT2": transformers.GPT2Config(**SIZE, n_embd=16, n_layer=2, n_head=2, n_positions=256),
+}
+PROMPT = [{"role": "user", "content": "Hi"}]
+ROWS = [
+    {"prompt": PROMPT, "chosen": [{"role": "assistant", "content": a}],
+     "rejected": [{"role": "assistant", "content": b}], "p_chosen": p}
+    for a, b, p in (("Hello there.", "Go.", 1.0), ("Hello!", "No", 0.7))
+]
+
+
+@pytest.fixture(params=CONFIGS)
+def folder(request, tmp_path):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param])
+    model.save_pretrained(tmp_path / "lm")
+    tiny.tokenizer().save_pretrained(tmp_path / "lm")
+    return tmp_path / "lm"
+
+
+def ids_of(talk, tokenizer):
+    ((prompt, answer),) = tokens.encode([talk], tokenizer)
+    return prompt + answer
+
+
+def test_a_preference_model_learns_is_saved_and_reads_its_score_at_eos(folder):
+    out = folder.parent / "pm"
+    metrics = preference.train(folder, ROWS * 8, out, batch_size=4, epochs=4, lr=1e-2)
+    assert metrics["log"][-1]["loss"] < metrics["log"][0]["loss"]
+    talks = [PROMPT + r[side] for r in ROWS for side in ("chosen", "rejected")]
+    scores = preference.Scorer(out).score(talks)
+    assert scores[0] > scores[1] and scores[2] > scores[3]
+    model, tokenizer = models.load(out, head="score", dtype="float32", device="cpu")
+    for talk, score in zip(talks, scores, strict=True):  # by hand: no batch, no padding
+        ids = torch.tensor([ids_of(talk, tokenizer)])
+        assert ids[0, -1] == tokenizer.eos_token_id
+        with torch.no_grad():
+            hidden = model.base_model(input_ids=ids).last_hidden_state[0, -1]
+        assert model.score(hidden).item() - model.config.score_mean == pytest.approx(
+            score, abs=1e-4
+        )
+
+
+def test_a_policy_and_a_value_model_for_ppo(folder):
+    pm = folder.parent / "pm"
+    preference.train(folder, ROWS, pm, batch_size=2)
+    for judge, zero in ((pm, False), (type("Judge", (), {"score": lambda self, c: None})(), True)):
+        policy, value, *_, tokenizer, _ = networks.load(
+            folder, judge, device="cpu", micro_tokens=1024, runs_dir=None, lora=None, seed=0
+        )
+        talk = PROMPT + ROWS[0]["chosen"]
+        ((prompt, answer),) = tokens.encode([talk], tokenizer)
+        inputs = packing.pack([{"prompt_ids": prompt, "response_ids": answer}])
+        actor = networks.Actor(networks.ResponseLogprobs(policy, 1.0),
+                               networks.ResponseValues(value))
+        logp, entropy, values = actor(*inputs, with_entropy=True)
+        plain = policy(input_ids=inputs[0]).logits[0].log_softmax(-1)
+        expected = [plain[len(prompt) - 1 + i, t].item() for i, t in enumerate(answer)]
+        np.testing.assert_allclose(logp.detach(), expected, atol=1e-4)
+        assert values.shape == (len(answer),) and (entropy > 0).all()
+        assert (values == 0).all() if zero else values.std() > 0
+        (logp.sum() + values.sum()).backward()
+        assert value.score.weight.grad.abs().sum() > 0
+        assert policy.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_an_adapter_on_dense_weights_is_the_adapter_merged_in_place(folder):
+    """What QLoRA ends with, on a base that is not quantised: then both ways are the same model."""
+    from peft import get_peft_model
+
+    base, tokenizer = models.load(folder, head="score", dtype="float32", device="cpu")
+    config = training.lora_config({"r": 2, "target_modules": "all-linear", "init_lora_weights": False},
+                             "SEQ_CLS", modules_to_save=["score"])
+    model = get_peft_model(base, config)
+    batch = tokenizer(["a b", "c"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        model.base_model.model.score.modules_to_save["default"].weight.normal_()
+        again = training.dense(model, folder, "score").merge_and_unload().float()
+        merged = model.merge_and_unload()
+        np.testing.assert_allclose(again(**batch).logits, merged(**batch).logits, atol=2e-2)
+        fresh, _ = models.load(folder, head="score", dtype="float32", device="cpu")
+        assert (again(**batch).logits - fresh(**batch).logits).abs().max() > 0.1
