@@ -4,8 +4,9 @@
 #
 # One rule a notebook. A profile has the notebooks for which params/<profile>/<notebook>.yaml
 # exists; `grid:` in that file makes several runs of one notebook (09_rl: method x size).
-# A notebook is run again when it, its parameters, a module that it uses or what it builds on is
-# newer than its last run.
+# Snakemake looks at a notebook again when it, its parameters, a module that it uses or what it builds
+# on is newer than its last run; `run --if-changed` then compares contents, and runs it only if
+# something that decides its results has changed.
 import itertools
 import sys
 from pathlib import Path
@@ -15,10 +16,12 @@ from snakemake.exceptions import WorkflowError
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 
-from cai_utils.experiment.params import GRID, check_profile, merge_params, read_params
+from cai_utils.experiment import registry
 from cai_utils.experiment.fingerprint import modules_of, notebook_cells
+from cai_utils.experiment.params import GRID, all_params, check_profile, read_params
 
-# What each notebook needs before it: the models and rows that those hand on.
+# What each notebook needs before it: the models and rows that those hand on. A run of 09_rl needs
+# what makes the start and the reward of its method (experiment/registry.py).
 NEEDS = {
     "00_miniature": [],
     "02_preference_models": ["00_miniature"],
@@ -31,13 +34,6 @@ NEEDS = {
     "09_rl": ["02_preference_models", "03_critique_revision", "08_ai_feedback"],
     "10_elo": ["07_sl_cai", "09_rl"],
     "12_published_samples": ["02_preference_models"],
-}
-# RL from human labels alone does not wait for the AI feedback.
-NEEDS_BY_METHOD = {
-    "helpful_rlhf": ["02_preference_models", "03_critique_revision"],
-    "hh_rlhf": ["02_preference_models", "03_critique_revision"],
-    "rl_cai": ["02_preference_models", "08_ai_feedback"],
-    "rl_cai_cot": ["02_preference_models", "08_ai_feedback"],
 }
 # Nothing can run beside the first and the last: they get every core, the others
 # one thread each (or --config threads=N).
@@ -57,7 +53,11 @@ try:
     if not FILES:
         raise ValueError(f"params/{PROFILE}/ has no file NN_notebook.yaml: nothing to run")
     # Notebooks with PMs that score their samples.
-    SCORED = {name for name in FILES if merge_params(ROOT, name, PROFILE).get("pms")}
+    PARAMS = {name: all_params(ROOT, name, PROFILE) for name in FILES}
+    SCORED = {name for name in FILES if PARAMS[name].get("pms")}
+    for grid in GRIDS.values():
+        for method in grid.get("methods", []):
+            registry.method(method)  # ValueError for an unknown one
 except ValueError as error:
     raise WorkflowError(str(error)) from None
 
@@ -74,11 +74,13 @@ def executed(name):
 
 
 def inputs(notebook):
-    """Files that make a run stale: the notebook, its parameters, its modules and their data."""
+    """Files that may make a run stale: the notebook, its parameters, its modules and their data."""
     source = ROOT / "notebooks" / f"{notebook}.ipynb"
     values = [ROOT / "params" / PROFILE / "_common.yaml", FILES[notebook]]
     values = [path for path in values if path.is_file()]
-    text = "\n".join(path.read_text(encoding="utf-8") for path in values)
+    text = " ".join([str(PARAMS[notebook])] + [
+        f"cai_utils.rl.{registry.method(name).trainer}"
+        for name in GRIDS[notebook].get("methods", [])])
     modules = modules_of(*notebook_cells(source), text=text)
     data = []
     if any(path.stem == "constitution" for path in modules):
@@ -91,7 +93,8 @@ def inputs(notebook):
 
 def upstream(notebook, point):
     """Executed notebooks that come first. One that the profile leaves out passes on its own."""
-    waiting, first = list(NEEDS_BY_METHOD.get(point.get("method"), NEEDS[notebook])), []
+    waiting = registry.needs(point["method"]) if "method" in point else list(NEEDS[notebook])
+    first = []
     if notebook in SCORED:
         waiting.append("02_preference_models")
     while waiting:
@@ -101,6 +104,17 @@ def upstream(notebook, point):
         else:
             waiting += NEEDS[other]
     return sorted(set(first))
+
+
+def arguments(notebook, name, point):
+    """The command line of a run."""
+    again = PRETRAIN and notebook == "00_miniature"
+    return [
+        sys.executable, "-m", "cai_utils", "run", notebook,
+        *(f"{key}={value}" for key, value in point.items()),
+        *(["pretrain=true"] if again else ["--if-changed"]),
+        "--profile", PROFILE, "--name", name,
+    ]
 
 
 RUNS = [(notebook, name, point) for notebook in FILES for name, point in runs_of(notebook)]
@@ -122,27 +136,20 @@ for NOTEBOOK, NAME, POINT in RUNS:
             inputs(NOTEBOOK),
             upstream(NOTEBOOK, POINT),
         output:
-            executed(NAME),
+            update(executed(NAME)),  # not deleted first: it stays when it is up to date
         priority: FIRST.get(NOTEBOOK, 1)
         threads: workflow.cores if NOTEBOOK in ALONE else int(config.get("threads", 1))
         message:
             f"{NAME}"
         params:
-            notebook=NOTEBOOK,
-            name=NAME,
-            values=" ".join(
-                [f"{key}={value}" for key, value in POINT.items()]
-                + (["pretrain=true"] if PRETRAIN and NOTEBOOK == "00_miniature" else [])
-            ),
+            command=arguments(NOTEBOOK, NAME, POINT),
         shell:
-            # Snakemake gives each job OMP_NUM_THREADS={threads}.
-            "{sys.executable} -m cai_utils run {params.notebook} {params.values}"
-            f" --profile {PROFILE}"
-            " --name {params.name}"
+            # Snakemake gives each job OMP_NUM_THREADS={threads}. Quoted, as values may be any text.
+            "{params.command:q}"
 
 
 onsuccess:
-    figures = sorted((ROOT / "figures" / PROFILE).glob("*.png"))
+    figures = sorted((ROOT / "runs" / PROFILE / "figures").glob("*.png"))
     print(f"\nFigures of profile {PROFILE}:")
     for path in figures:
         print(f"  {path.relative_to(ROOT)}")

@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
+from cai_utils.experiment import stamp
 from cai_utils.experiment.execute import execute
 from cai_utils.experiment.files import repo_root
 from cai_utils.experiment.params import check_profile, merge_params, parse_override
 
 
+def run_arguments(command) -> None:
+    command.add_argument("notebook", help="its name, for example 04_revision_iterations")
+    command.add_argument("values", nargs="*", metavar="name=value",
+                         help="parameters, as YAML; settings.ppo.lr=1e-4 sets one entry of a dict")
+    command.add_argument("--name", help="name of the executed notebook, for repeated runs")
+    command.add_argument("--if-changed", action="store_true",
+                         help="do nothing when it would make again what is there")
+
+
 def run(options) -> None:
     """Run a notebook of notebooks/ on a profile of params/, without a browser."""
-    root = repo_root()
+    root, profile = repo_root(), options.profile
     notebook = Path(options.notebook).name.removesuffix(".ipynb")
     name = options.name or notebook
     overrides = dict(parse_override(text) for text in options.values)
-    params = merge_params(root, notebook, options.profile, overrides)
-    shown = ", ".join(f"{k}={v}" for k, v in overrides.items())
-    print(f"{name} | starts on {options.profile}{', ' + shown if shown else ''}", flush=True)
+    params = merge_params(root, notebook, profile, overrides)
+    now, folder = stamp.ingredients(root, notebook, profile, overrides), root / "runs" / profile
+    changed = stamp.changes(folder, name, now) if options.if_changed else []
+    if options.if_changed and not changed:
+        os.utime(folder / "executed" / f"{name}.ipynb")
+        print(f"{name} | up to date", flush=True)
+        return
+    shown = f", {', '.join(options.values)}" if overrides else ""
+    why = f" (changed: {', '.join(changed[:3])}{', ...' * (len(changed) > 3)})" if changed else ""
+    print(f"{name} | starts on {profile}{shown}{why}", flush=True)
     before = time.time()
     executed = execute(root, notebook, params, name)
+    stamp.write(folder, name, now)
+    if overrides and not options.name:  # the batch would run it with other parameters
+        stamp.outdate(executed)
     print(
         f"{name} | done in {time.time() - before:.0f} s: {executed.relative_to(root)}", flush=True
     )
+
+
+def no_arguments(command) -> None:
+    pass
 
 
 def gallery(options) -> None:
@@ -37,28 +62,28 @@ def gallery(options) -> None:
     print(f"figures/{options.profile}/README.md shows them")
 
 
+# Subcommand -> what adds its arguments; each has --profile. Its help is its docstring.
+COMMANDS = {run: run_arguments, gallery: no_arguments}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and do what it asks; errors are one line on stderr, exit status 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m cai_utils", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for function in (run, gallery):
+    parsers = {}
+    for function, add_arguments in COMMANDS.items():
         command = commands.add_parser(function.__name__, help=function.__doc__)
-        command.set_defaults(function=function)
         command.add_argument("--profile", default="miniature", help="a folder of params/")
-        if function is run:
-            command.add_argument("notebook", help="its name, for example 04_revision_iterations")
-            command.add_argument("values", nargs="*", metavar="name=value",
-                                 help="parameters, as YAML")
-            command.add_argument("--name", help="name of the executed notebook, for repeated runs")
-    options, rest = parser.parse_known_args(arguments)
-    if getattr(options, "values", None) is not None:
-        # argparse gives up on a list of values that an option stands in.
-        options.values += [text for text in rest if "=" in text and not text.startswith("-")]
-        rest = [text for text in rest if text not in options.values]
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        add_arguments(command)
+        parsers[function.__name__] = command, function
+    if not arguments or arguments[0] not in parsers:
+        parser.parse_args(arguments)  # --help, or an error
+    command, function = parsers[arguments[0]]
+    # Values may stand before and after options, which only this method of argparse allows.
+    options = command.parse_intermixed_args(arguments[1:])
     try:
-        options.function(options)
+        function(options)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 import yaml
 
-from cai_utils.experiment.params import declared
+from cai_utils.experiment.params import all_params, declared, defaults, read_params
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -24,7 +24,8 @@ def test_form(path):
     cells = notebook.cells
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
     assert cells[1].metadata.get("tags") == ["parameters"]
-    assert sum(f'run = experiment.start("{path.stem}", params)' in cell.source for cell in cells) == 1
+    start = f'run = experiment.start("{path.stem}", globals())'
+    assert sum(start in cell.source for cell in cells) == 1
     assert cells[-1].source.splitlines()[-1] == "run.finish()"
     for cell in code_of(path):
         assert not cell.outputs and cell.execution_count is None, "clear the outputs"
@@ -42,18 +43,16 @@ def test_only_00_knows_the_miniature(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_parameters_are_those_of_the_miniature(path):
+def test_parameters_of_the_miniature_stand_in_the_notebook_alone(path):
     """In JupyterLab a notebook runs with what its cell says; that has to be what the batch does."""
     cell = next(c for c in code_of(path) if "parameters" in c.metadata.get("tags", []))
     lines = ast.parse(cell.source).body
     values = {node.targets[0].id: ast.literal_eval(node.value) for node in lines}
-    common = yaml.safe_load((ROOT / "params/miniature/_common.yaml").read_text())
-    own_file = ROOT / "params/miniature" / f"{path.stem}.yaml"
-    own = yaml.safe_load(own_file.read_text()) if own_file.is_file() else {}
-    own.pop("grid", None)
-    for name, value in values.items():
-        if name in own or name in common:
-            assert value == {**common, **own}[name], name
+    assert values == defaults(path) and values["profile"] == "miniature"
+    for file in ("_common.yaml", f"{path.stem}.yaml"):
+        assert not set(read_params(ROOT / "params/miniature" / file)) & set(values), file
+    if (ROOT / "params/miniature" / f"{path.stem}.yaml").is_file():
+        assert all_params(ROOT, path.stem, "miniature") == values
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -10,7 +10,7 @@ from cai_utils.experiment.files import PACKAGE
 
 
 class _Prefixed(io.TextIOBase):
-    """Standard output with the run's name before each line: two notebooks run side by side."""
+    """Standard output with the run's name before each line, as several notebooks run at once."""
 
     def __init__(self, name: str):
         self.name, self.rest = name, ""
@@ -39,7 +39,7 @@ def execute(root, notebook: str, params: dict, name: str) -> Path:
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
     os.environ["CAI_ROOT"], os.environ["CAI_RUN_NAME"] = str(root), name
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    where = f"{failed} shows how far it came"
+    where = f"{failed} shows how far it got"
     try:
         papermill.execute_notebook(
             str(Path(root) / "notebooks" / f"{notebook}.ipynb"),
@@ -64,7 +64,7 @@ def execute(root, notebook: str, params: dict, name: str) -> Path:
         ) from None
     except DeadKernelError:
         raise RuntimeError(
-            f"{name}: its kernel died, often for want of memory\n  {where}"
+            f"{name}: its kernel died, often for lack of memory\n  {where}"
         ) from None
     finally:
         if running.exists():

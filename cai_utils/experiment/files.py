@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: rows, JSON, and the repository that holds them."""
+"""Reading and writing: rows, JSON, atomic files, and the root of the repository."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read_rows(path) -> list[dict]:
     """The rows of a .jsonl, .jsonl.gz, .csv or .parquet file.
 
     FileNotFoundError when it is missing; ValueError for another ending, and for a line that is not
-    a JSON object, with its number. Empty lines are passed over.
+    a JSON object, with its number. Empty lines are skipped.
     """
     path = Path(path)
     if not path.exists():
@@ -49,7 +49,7 @@ def read_rows(path) -> list[dict]:
 
 
 def write_rows(path, rows) -> None:
-    """Writes rows as .jsonl or .jsonl.gz, whole or not at all (a file beside it, then a rename)."""
+    """Writes rows as .jsonl or .jsonl.gz, atomically (a temporary file, then a rename)."""
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"{path}: rows are written as .jsonl or .jsonl.gz")
@@ -67,7 +67,7 @@ def write_rows(path, rows) -> None:
 
 
 def repo_root() -> Path:
-    """The folder of this laboratory: ``CAI_ROOT``, or found by walking up from the working folder.
+    """The root folder of the repository: ``CAI_ROOT``, or found by walking up from the working folder.
 
     Raises FileNotFoundError when there is none (``CAI_ROOT`` names no folder, or cai_utils is
     installed somewhere else and the working folder is outside the repository).
@@ -91,7 +91,7 @@ def repo_root() -> Path:
 def atomic(path):
     """Yield a temporary path beside ``path``; on success it takes the place of ``path``.
 
-    A reader, or a run that is killed half way, sees the old file or the new one, never a part.
+    A reader sees the old file or the new one, never a part, even when the writer is killed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import dis
 import hashlib
+import inspect
 import json
-import re
 import types
 from pathlib import Path
 
+from cai_utils.experiment.dependencies import (
+    ALL,
+    Graph,
+    module_file,
+    named_in,
+    of_source,
+    ours,
+    plain_python,
+)
 from cai_utils.experiment.files import PACKAGE
-
-# Plumbing decides where results go, not what is in them: a change to it makes no result stale.
-PLUMBING = {
-    "cai_utils", "cai_utils.__main__", "cai_utils.experiment", "cai_utils.experiment.run",
-    "cai_utils.experiment.params", "cai_utils.experiment.provenance",
-    "cai_utils.experiment.journal", "cai_utils.experiment.launch", "cai_utils.experiment.files",
-    "cai_utils.experiment.fingerprint",
-}  # fmt: skip
 
 
 def file_digest(path) -> str:
@@ -76,94 +78,46 @@ def _sha256(plain) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def module_file(name: str) -> Path | None:
-    """The source file of a module of this package, or None if ``name`` is none."""
-    parts = name.split(".")
-    if parts[0] != "cai_utils":
-        return None
-    base = PACKAGE.joinpath(*parts[1:])
-    for file in (
-        base.with_suffix(".py") if parts[1:] else base / "__init__.py",
-        base / "__init__.py",
-    ):
-        if file.is_file():
-            return file
-    return None
-
-
-NAME = re.compile(r"cai_utils(?:\.\w+)+")
-
-
-def _imports(source: str, package: str = "") -> set[str]:
-    """Modules of cai_utils that Python ``source`` imports, or names in a string of its own.
-
-    What comments and docstrings mention does not count.
-    """
-    # IPython's magics are no Python; a cell that does not parse is left to the notebook to report.
-    source = re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M)
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return set()
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {a.name for a in node.names if NAME.fullmatch(a.name)}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            # "cai_utils.miniature.judge:judge", a function that is loaded by its name
-            names |= {m.group() for m in [NAME.match(node.value)] if m and " " not in node.value}
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*above, *([base] if base else [])])
-            if base.split(".")[0] == "cai_utils":
-                names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return names
-
-
-def notebook_cells(path) -> list[str]:
-    """Sources of the code cells of a notebook."""
+def notebook_cells(path, parameters: bool = True) -> list[str]:
+    """Sources of the code cells of a notebook, with or without its parameters cell."""
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    cells = [c for c in cells if c["cell_type"] == "code"]
+    if not parameters:
+        cells = [c for c in cells if "parameters" not in c["metadata"].get("tags", [])]
     # A cell's source is one string or a list of lines, as the notebook format allows both.
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return ["".join(cell["source"]) for cell in cells]
+
+
+def reached_by(*sources: str, text: str = "") -> dict[tuple[str, str], str]:
+    """{(module, name): syntax tree} of what Python ``sources`` use or ``text`` names."""
+    return Graph(PACKAGE).reached([*named_in(text), *(c for s in sources for c in of_source(s))])
 
 
 def modules_of(*sources: str, text: str = "") -> list[Path]:
-    """Files of cai_utils that Python ``sources`` use or ``text`` names, followed through imports.
-
-    Without the plumbing. For the Snakefile, which reruns a notebook when one of them changes.
-    """
-    found, names = {}, set(NAME.findall(text)).union(*map(_imports, sources))
-    while names:
-        name = names.pop()
-        file = module_file(name)
-        # `cai_utils.judge.score` names a function: its module is one step up.
-        if file is None and "." in name:
-            names.add(name.rpartition(".")[0])
-            continue
-        if file is None or name in found or name in PLUMBING:
-            continue
-        found[name] = file
-        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-        names |= _imports(file.read_text(encoding="utf-8"), package)
-    return sorted(set(found.values()))
+    """Files of cai_utils behind ``reached_by``: when one of them is newer, a run may be stale."""
+    names = {module for module, _ in reached_by(*sources, text=text)}
+    return sorted(module_file(name, PACKAGE) for name in names)
 
 
-def _reached(function, seen: set) -> tuple[set[str], list]:
-    """Modules of cai_utils that a notebook's function reaches, and its own bytecode."""
-    names, own = set(), []
+def _reached(function, seen: set) -> tuple[set[tuple], list]:
+    """What a function of a notebook refers to in cai_utils, and its own bytecode."""
+    starts, own = set(), []
     if isinstance(function, types.ModuleType):
-        return {function.__name__}, own
+        return {(function.__name__, ALL)}, own
     if hasattr(function, "func"):  # functools.partial
         return _reached(function.func, seen)
-    function = getattr(function, "__func__", function)  # a bound method
-    module = getattr(function, "__module__", None) or type(function).__module__ or ""
-    if module.split(".")[0] == "cai_utils":
-        return {module}, own
+    if hasattr(function, "__func__"):  # a bound method: what defines it, and whose it is
+        owner = function.__self__
+        starts |= _reached(owner if isinstance(owner, type) else type(owner), seen)[0]
+        function = function.__func__
+    named = function if getattr(function, "__module__", None) else type(function)
+    module = getattr(named, "__module__", None) or ""
+    if ours(module):
+        name = getattr(named, "__qualname__", type(function).__qualname__)
+        return starts | {(module, name.split(".")[0])}, own
     code = getattr(function, "__code__", None)
     if code is None or id(code) in seen:
-        return names, own
+        return starts, own
     seen.add(id(code))
     values = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
     scope = {
@@ -176,15 +130,43 @@ def _reached(function, seen: set) -> tuple[set[str], list]:
         constants = [c for c in block.co_consts if not isinstance(c, types.CodeType)]
         stack += [c for c in block.co_consts if isinstance(c, types.CodeType)]
         own.append([block.co_code.hex(), [_constant(c) for c in constants], block.co_names])
-        for name in {*block.co_names, *block.co_freevars} & scope.keys():
-            value = scope[name]
-            inside = getattr(value, "__module__", None) or type(value).__module__ or ""
-            ours = isinstance(value, types.ModuleType) or inside.split(".")[0] == "cai_utils"
-            if ours or (isinstance(value, types.FunctionType) and inside == module):
-                deeper, more = _reached(value, seen)
-                names |= deeper
-                own += more
-    return names, own
+        for root, *attributes in _chains(block):
+            value = scope.get(root)
+            if isinstance(value, types.ModuleType):
+                starts.add((value.__name__, *attributes, ALL))
+            elif ours(root):  # an import inside the function
+                starts |= {(root, name) for name in attributes or [ALL]}
+            for item in _items(value):
+                item = inspect.unwrap(item) if callable(item) else item  # functools.cache
+                inside = getattr(item, "__module__", None) or type(item).__module__ or ""
+                if ours(inside) or (isinstance(item, types.FunctionType) and inside == module):
+                    deeper, more = _reached(item, seen)
+                    starts |= deeper
+                    own += more
+    return starts, own
+
+
+def _items(value):
+    """The value itself, or what a container holds: PMs in a dict count by their class."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return [value]
+    return [item for item in value if not isinstance(item, types.ModuleType)]
+
+
+def _chains(code) -> list[list[str]]:
+    """The names that bytecode loads from outside, each with the attributes taken of it at once."""
+    chains, open_chain = [], False
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "IMPORT_NAME"):
+            chains.append([step.argval])
+            open_chain = True
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM") and open_chain:
+            chains[-1].append(step.argval)
+        elif not step.opname.startswith("STORE"):  # `from cai_utils import a, b` stores in between
+            open_chain = False
+    return chains
 
 
 def _filled(cell) -> bool:
@@ -201,12 +183,27 @@ def _constant(value) -> str:
 
 
 def code_digest(function) -> str:
-    """Fingerprint of what ``function`` does: its bytecode and every module of cai_utils it uses.
+    """Fingerprint of what ``function`` does: its bytecode, and every definition of cai_utils that
+    it reaches (``dependencies``).
 
-    Modules count by their syntax tree, so comments and layout change nothing. Values that it reads
-    from its surroundings do not count: those belong into the key.
+    Definitions count by their syntax tree without docstrings, so that comments, layout and their
+    order change nothing. Values that the function reads from its surroundings do not count: those
+    belong into the key.
     """
-    names, own = _reached(function, set())
-    files = modules_of(text="\n".join(names))
-    trees = {f.relative_to(PACKAGE).as_posix(): ast.dump(ast.parse(f.read_bytes())) for f in files}
-    return _sha256([sorted(trees.items()), sorted(json.dumps(o) for o in own)])
+    starts, own = _reached(function, set())
+    found = Graph(PACKAGE).reached(starts)
+    return _sha256([sorted([*node, text] for node, text in found.items()),
+                    sorted(json.dumps(o) for o in own)])
+
+
+def notebook_code(path, params: dict, text: str = "") -> dict[str, str]:
+    """{what: sha256} of what a notebook does with these parameters: its code cells ("cells"), and
+    each definition ("module.name") that they, the parameters or ``text`` lead to.
+
+    Prose and comments do not count, nor does the parameters cell, whose values are ``params``.
+    """
+    source = "\n".join(notebook_cells(path, parameters=False))
+    found = reached_by(source, text=f"{text} {json.dumps(params, default=str)}")
+    cells = [ast.dump(node) for node in ast.parse(plain_python(source)).body]
+    return {"cells": _sha256(cells)} | {
+        ".".join(node): _sha256(code) for node, code in sorted(found.items())}

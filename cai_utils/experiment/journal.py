@@ -1,9 +1,9 @@
-"""Long work shows how far it is, and what is done survives a kill.
+"""Progress of long work, and a journal of finished samples from which a killed run resumes.
 
-A sampler reports to ``progress`` and hands what it has finished to ``pick_up``'s journal, so every
-stage that samples (responses, chains, labels) is resumable without code of its own: ``Run.rows``
-opens a journal beside its file, a second run of the same code on the same key finds each finished
-piece there, and samples only the rest.
+A sampler reports to ``progress`` and hands finished samples to the journal of ``pick_up``, so every
+stage that samples (responses, chains, labels) resumes without code of its own: ``Run.rows`` opens a
+journal beside its file, and a second run of the same code on the same key finds there what is
+finished and samples only the rest.
 """
 
 from __future__ import annotations
@@ -19,27 +19,26 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-_LINE_EVERY = 30.0  # seconds between two lines where nobody watches
-
-
+_LINE_EVERY = 30.0  # seconds between two lines of a batch
 _active: ContextVar[Journal | None] = ContextVar("journal", default=None)
 
 
 def progress(total, unit, show=None, done=0):
-    """A context manager with ``update(n)``: how far ``total`` pieces of work are, rate, time left.
+    """A context manager with ``update(n)`` that shows how many of ``total`` are done, rate, time
+    left.
 
-    done: pieces that were there before, which say nothing about the rate. show: True is a bar,
-    False nothing; None a bar that appears after two seconds where somebody watches (a terminal, an
-    open notebook), else, in a batch, a line of text every 30 seconds.
+    done: finished before, so not part of the rate. show: True is a bar, False nothing; None a bar
+    that appears after two seconds in a terminal or an open notebook, and in a batch a line of text
+    every 30 seconds.
     """
-    if show is None and not _watched():
+    if show is None and not _interactive():
         return _Lines(total, unit, done)
     auto = {"delay": 2, "leave": False} if show is None else {}
     return tqdm(total=total, initial=done, unit=unit, disable=show is False, **auto)
 
 
-def _watched():
-    """A notebook that the batch runs has a name from ``runs.execute``."""
+def _interactive():
+    """Whether somebody watches; a notebook that the batch runs has a name from ``execute``."""
     in_notebook = "ipykernel" in sys.modules and "CAI_RUN_NAME" not in os.environ
     return in_notebook or sys.stderr.isatty()
 
@@ -49,7 +48,7 @@ class _Lines:
         self.total, self.unit, self.before, self.done = total, unit, done, done
 
     def __enter__(self):
-        self.began = self.said = time.monotonic()
+        self.began = self.printed = time.monotonic()
         return self
 
     def __exit__(self, *_):
@@ -58,8 +57,8 @@ class _Lines:
     def update(self, n):
         self.done += n
         now = time.monotonic()
-        if now - self.said >= _LINE_EVERY and self.done > self.before:
-            self.said = now
+        if now - self.printed >= _LINE_EVERY and self.done > self.before:
+            self.printed = now
             rate = (self.done - self.before) / (now - self.began)
             left = (self.total - self.done) / rate
             print(f"{self.done} of {self.total} {self.unit}s, {rate:.3g} a second, "
@@ -67,10 +66,10 @@ class _Lines:
 
 
 class Journal:
-    """Finished pieces of work in a file of JSON lines: a header, then ``[key, value]`` each.
+    """Finished samples in a file of JSON lines: a header, then ``[key, value]`` each.
 
-    A file with another header belongs to other work and is begun anew. A last line without its end
-    (a kill while it was written) is cut off; a line that is no JSON counts as not there.
+    A file with another header belongs to other work and is overwritten. A last line without its end
+    (the process was killed while it wrote) is cut off; a line that is not JSON is ignored.
     """
 
     def __init__(self, path, header):
@@ -98,7 +97,7 @@ class Journal:
             self._file.flush()
 
     def add(self, pieces):
-        """Appends (key, value) pairs; they outlive this process from here on."""
+        """Appends (key, value) pairs to the file."""
         if not self._alone:
             return
         lines = "".join(json.dumps(piece) + "\n" for piece in pieces)
@@ -110,14 +109,14 @@ class Journal:
         self._file.close()
 
     def remove(self):
-        """Closes the journal and deletes its file: the work is done and saved elsewhere."""
+        """Closes the journal and deletes its file, once the result is saved elsewhere."""
         self.close()
         if self._alone:
             self.path.unlink(missing_ok=True)
 
 
 def _lock(file):
-    """Two runs of the same work at once would tear each other's lines: the second goes without."""
+    """Whether this process may write: of two that do the same work at once only the first may."""
     try:
         import fcntl
     except ImportError:  # not on this system
@@ -131,10 +130,10 @@ def _lock(file):
 
 @contextlib.contextmanager
 def recording(path, header):
-    """Inside, samplers note what they finish in the ``Journal`` at ``path`` and take up what it
+    """Inside, samplers write what they finish to the ``Journal`` at ``path`` and reuse what it
     holds. The file stays when the work fails or is killed; ``remove`` it when it is done.
 
-    header: what the work depends on, JSON; another one makes the file's content void.
+    header: what the work depends on, JSON; a file with another header is overwritten.
     """
     journal = Journal(path, header)
     token = _active.set(journal)
@@ -146,11 +145,11 @@ def recording(path, header):
 
 
 def pick_up(source, jobs, describe, put):
-    """What is left of ``jobs`` -> (jobs, keep).
+    """The jobs that the active journal does not hold yet, and how to store them: (jobs, keep).
 
-    source: JSON that identifies a model which does not change, or None: then nothing is kept.
-    describe: job -> JSON of all that decides its result. Jobs that the active journal holds go to
-    ``put(job, value)``; ``keep(jobs, values)`` appends to it (values: JSON) and puts them too.
+    source: JSON that identifies a model which does not change, or None: then nothing is stored.
+    describe: job -> JSON of all that decides its result. For jobs in the journal ``put(job, value)``
+    is called at once; ``keep(jobs, values)`` stores values (JSON) and calls ``put`` for them.
     """
     journal = _active.get() if source is not None else None
 

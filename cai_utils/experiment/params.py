@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib
+import json
 import re
+import sys
 from pathlib import Path
 
 import yaml
 
 
-# ------------------------------------------------------------------------- what params name
+# ---------------------------------------------------------------- what params name
 def load_function(path):
     """ "module:function" -> the function; None for None (a profile without a ground truth).
 
@@ -45,9 +48,9 @@ def for_size(value, size):
 
 def source(run, spec, made_by="00_miniature"):
     """A data spec of params: `data/...` is a file that notebook `made_by` makes in the run folder,
-    anything else is what `cai_utils.data` reads. {split: spec} is taken apart."""
+    anything else is what `cai_utils.data` reads. Of {split: spec} each is looked up."""
     if isinstance(spec, dict):
-        return {split: source(run, own, made_by) for split, own in spec.items()}
+        return {split: source(run, part, made_by) for split, part in spec.items()}
     if not str(spec).startswith("data/"):
         return spec
     path, bracket, part = str(spec).partition("[")  # a slice stays behind it
@@ -55,9 +58,8 @@ def source(run, spec, made_by="00_miniature"):
     return f"{found}[{part}" if bracket else found
 
 
+# ---------------------------------------------------------------- profiles and their values
 GRID = "grid"  # key of a notebook's YAML that tells the Snakefile which runs there are
-
-
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -114,9 +116,12 @@ def _as_yaml_float(text: str) -> str:
 
 
 def parse_override(text: str) -> tuple[str, object]:
-    """``"lr=1e-4"`` -> ``("lr", 0.0001)``; the value is YAML, and 1e-4 is a number here."""
+    """``"lr=1e-4"`` -> ``("lr", 0.0001)``; the value is YAML, and 1e-4 is a number here.
+
+    The name may lead into a parameter that is a dict: ``settings.ppo.lr=1e-4``.
+    """
     name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[\w-]+)*", name):
         raise ValueError(f"{text!r} is no parameter; write name=value")
     if NUMBER.fullmatch(value):
         return name, float(value)
@@ -126,22 +131,77 @@ def parse_override(text: str) -> tuple[str, object]:
         raise ValueError(f"the value of {text!r} is no valid YAML; quote it") from None
 
 
-def declared(notebook_path) -> list[str]:
-    """Names that the notebook's cell tagged ``parameters`` assigns.
+def _with_entry(name: str, value, path: list[str], entry):
+    """A copy of the dict ``value`` in which ``path`` leads to ``entry``."""
+    if not path:
+        return entry
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"the command line sets {name}.{path[0]}, but {name} is {value!r}, no dict")
+    value = dict(value or {})
+    # Keys that YAML reads as numbers ({1: ...}) are found by their text.
+    key = next((k for k in value if str(k) == path[0]), path[0])
+    value[key] = _with_entry(f"{name}.{path[0]}", value.get(key), path[1:], entry)
+    return value
+
+
+def defaults(notebook_path) -> dict:
+    """{name: value} of the notebook's cell tagged ``parameters``; a value that is no literal is
+    None.
 
     Read from the syntax tree, as papermill's own inspection misses some values over several lines.
     """
-    import nbformat
-
-    notebook = nbformat.read(notebook_path, as_version=4)
-    for cell in notebook.cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            names = []
-            for node in ast.parse(cell.source).body:
-                targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
-                names += [t.id for t in targets if isinstance(t, ast.Name)]
-            return names
+    notebook = json.loads(Path(notebook_path).read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            return _assigned("".join(cell["source"]))
     raise ValueError(f"{notebook_path} has no cell with the tag 'parameters'; give it one")
+
+
+def _assigned(source: str) -> dict:
+    values = {}
+    for node in ast.parse(source).body:
+        targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+        for target in targets:
+            if isinstance(target, ast.Name):
+                values[target.id] = None
+                with contextlib.suppress(ValueError, TypeError):
+                    values[target.id] = ast.literal_eval(node.value)
+    return values
+
+
+def declared(notebook_path) -> list[str]:
+    """Names that the notebook's cell tagged ``parameters`` assigns."""
+    return list(defaults(notebook_path))
+
+
+def from_namespace(root, notebook: str, namespace) -> dict:
+    """The parameters of a notebook: what its parameters cell declares, as it stands in
+    ``namespace`` (the notebook's ``globals()``, or a dict of parameters alone).
+
+    ValueError, with the nearest names, for a parameter that the notebook does not declare: in a
+    dict, or in the cell that papermill adds. A dict for a notebook that is not there is taken whole.
+    """
+    path = Path(root) / "notebooks" / f"{notebook}.ipynb"
+    if not path.is_file():
+        return dict(namespace)
+    names = declared(path)
+    common = Path(root) / "params" / str(namespace.get("profile")) / "_common.yaml"
+    given = _injected() if "__name__" in namespace else namespace
+    # papermill -f hands on whole files: what is for other notebooks too, and the Snakefile's grid.
+    passed = [*names, *read_params(common), GRID] if "__name__" in namespace else names
+    for name in given:
+        if name not in passed:
+            error = _unknown("parameter", name, names)
+            raise ValueError(f"{notebook}: {error} (its parameters cell)")
+    return {name: namespace[name] for name in names if name in namespace}
+
+
+def _injected() -> list[str]:
+    """Names in the cells that papermill added to this notebook; [] outside of IPython."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    cells = shell.user_ns.get("In", []) if shell else []
+    return [name for cell in cells if cell.startswith("# Parameters\n") for name in _assigned(cell)]
 
 
 def known_sizes(common: dict) -> list[str] | None:
@@ -166,15 +226,17 @@ def check_sizes(root, params: dict, where: str = "") -> None:
 def merge_params(root, notebook: str, profile: str, overrides: dict | None = None) -> dict:
     """What a notebook gets: _common.yaml, then its own YAML, then ``overrides``.
 
-    Common values reach a notebook only if it declares them; a value of its own YAML or an override
-    that it does not declare is a ValueError, since it would silently do nothing.
+    An override ``a.b`` sets one entry of the dict ``a``, which otherwise stays as the profile (or
+    else the notebook) has it. Common values reach a notebook only if it declares them; a value of
+    its own YAML or an override that it does not declare is a ValueError, since it would silently do
+    nothing.
     """
     root, overrides = Path(root), dict(overrides or {})
     check_profile(root, profile)
     if notebook not in notebooks(root):
         raise _unknown("notebook", notebook, notebooks(root))
-    names = declared(root / "notebooks" / f"{notebook}.ipynb")
-    if "profile" not in names:
+    cell = defaults(root / "notebooks" / f"{notebook}.ipynb")
+    if "profile" not in cell:
         raise ValueError(f"the parameters cell of {notebook} must declare 'profile'; add it")
     own_file = f"params/{profile}/{notebook}.yaml"
     own = read_params(root / own_file)
@@ -184,10 +246,20 @@ def merge_params(root, notebook: str, profile: str, overrides: dict | None = Non
         if values.get("profile", profile) != profile:
             raise ValueError(f"{source} sets profile={values['profile']}; use --profile for that")
         for name in values:
-            if name not in names:
-                error = _unknown("parameter", name, names)
+            name = name.partition(".")[0] if values is overrides else name
+            if name not in cell:
+                error = _unknown("parameter", name, list(cell))
                 raise ValueError(f"{source}: {error} (the parameters cell of {notebook})")
         check_sizes(root, {**values, "profile": profile}, f"{source}: ")
-    merged = {**common, "profile": profile}
-    merged = {name: value for name, value in merged.items() if name in names}
-    return {**merged, **own, **overrides}
+    merged = {name: value for name, value in common.items() if name in cell}
+    merged |= {"profile": profile, **own}
+    for text, value in overrides.items():
+        name, *path = text.split(".")
+        merged[name] = _with_entry(name, merged.get(name, cell[name]), path, value)
+    return merged
+
+
+def all_params(root, notebook: str, profile: str, overrides: dict | None = None) -> dict:
+    """Every parameter of a notebook with its value: ``merge_params`` over the notebook's own."""
+    merged = merge_params(root, notebook, profile, overrides)
+    return {**defaults(Path(root) / "notebooks" / f"{notebook}.ipynb"), **merged}

@@ -1,8 +1,4 @@
-"""What a result was made from: parameters, code, versions, machine.
-
-Also the two things that everything written under ``runs/`` needs: the repository root, whatever
-folder a notebook was opened in, and files that appear whole or not at all.
-"""
+"""What a result was made from: parameters, code, versions, machine."""
 
 from __future__ import annotations
 
@@ -18,11 +14,10 @@ from pathlib import Path
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
 
 
-# ---------------------------------------------------------------- what it ran on
 def git_state(root) -> dict:
     """``{"commit": sha or None, "dirty": bool or None}`` of the clone at ``root``.
 
-    ``figures/`` does not count as dirt: every run redraws it.
+    dirty: a tracked file differs from the commit. None where there is no git, or no repository.
     """
 
     def git(*arguments):
@@ -33,7 +28,7 @@ def git_state(root) -> dict:
 
     try:
         commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(exclude)figures")
+        changed = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.TimeoutExpired):
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": None if changed is None else bool(changed)}
@@ -74,7 +69,7 @@ def machine() -> dict:
 
 
 def describe(root, notebook: str, params: dict) -> dict:
-    """The provenance record that stands beside every result (DESIGN section 5)."""
+    """The provenance record that stands beside every result (ARCHITECTURE.md, Rows)."""
     return {
         "notebook": notebook,
         "profile": params.get("profile"),

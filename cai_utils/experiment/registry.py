@@ -98,6 +98,13 @@ def made_by(name: str) -> str:
     return MADE_BY.get(name.removeprefix("data/"), RL)
 
 
+def command(name: str, size: str) -> str:
+    """What to run for a policy, a PM, or rows at a size: "09_rl method=rl_cai size=s"."""
+    policy = name.removeprefix("samples_")
+    more = f" method={policy} size={size}" if policy in methods() else ""
+    return made_by(name) + more
+
+
 def needs(name: str) -> list[str]:
     """The notebooks that have to run before an RL method: those that make its start and reward,
     and for training on human labels alone no others."""
@@ -107,7 +114,7 @@ def needs(name: str) -> list[str]:
 
 def folder(run, name: str, size: str) -> Path:
     """The folder of a trained model, or FileNotFoundError naming the notebook that trains it."""
-    return run.need(run.model(name, size), made_by(name))
+    return run.need(run.model(name, size), command(name, size))
 
 
 def reward(run, name: str, size: str) -> Path:

@@ -1,8 +1,8 @@
-"""Where results live: run folders, stages that resume, provenance, W&B, and the command line.
+"""A run of a notebook: its folders, stages that resume, tables, figures, provenance and W&B.
 
 In a notebook, after its parameters cell::
 
-    run = runs.start("04_revision_iterations", params)
+    run = experiment.start("04_revision_iterations", globals())
     chains = run.rows("chains_s", lambda: critique.revise(...), size="s", seed=seed)
     table = run.table(scores, "fig05_revisions")
     run.figure(plots.fig05_revisions(run.read_table("fig05_revisions")), "fig05_revisions")
@@ -20,23 +20,24 @@ from pathlib import Path
 
 from cai_utils.experiment import fingerprint, provenance
 from cai_utils.experiment.files import atomic, read_json, repo_root, write_json
-from cai_utils.experiment.params import check_profile, check_sizes
+from cai_utils.experiment.params import check_profile, check_sizes, from_namespace
 
 
-# ---------------------------------------------------------------- a run
 class Run:
     """One notebook on one profile: its folders, its results and their provenance.
 
     ``profile``, ``notebook``, ``params``, ``seed``; ``root`` (the repository), ``dir``
-    (runs/<profile>), ``provenance`` (dict, see provenance.describe).
+    (runs/<profile>), ``provenance`` (dict, see provenance.describe). ``read`` and ``made`` hold
+    the sha256 of what it took from other runs and of what it hands on, by path below ``dir``.
     """
 
     def __init__(self, notebook: str, params: dict):
         self.root = repo_root()
+        self.read, self.made = {}, {}
         self.notebook, self.params = notebook, dict(params)
         self.profile, self.seed = params["profile"], params.get("seed", 0)
         self.dir = self.root / "runs" / self.profile
-        for name in ("data", "models", "results", "wandb", "executed"):
+        for name in ("data", "models", "results", "figures", "wandb", "executed"):
             (self.dir / name).mkdir(parents=True, exist_ok=True)
         self.provenance = provenance.describe(self.root, notebook, self.params)
         self._started = time.time()
@@ -56,16 +57,24 @@ class Run:
     def need(self, path, made_by: str) -> Path:
         """``path`` (relative ones: under runs/<profile>), which notebook ``made_by`` makes.
 
-        Raises FileNotFoundError that says how to make it when it is missing or an empty folder.
+        made_by may name the parameters, too: "09_rl method=rl_cai size=s". Raises
+        FileNotFoundError that says how to make it when it is missing or an empty folder.
         """
         path = self.dir / path
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            return path
-        raise FileNotFoundError(
-            f"{path} is missing. {made_by} makes it: run `python -m cai_utils run {made_by} "
-            f"--profile {self.profile}`, or everything in order with `make figures "
-            f"PROFILE={self.profile}`"
-        )
+        if not (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+            raise FileNotFoundError(
+                f"{path} is missing. {made_by.split()[0]} makes it: run `python -m cai_utils run "
+                f"{made_by} --profile {self.profile}`, or everything in order with `make figures "
+                f"PROFILE={self.profile}`"
+            )
+        name = self._name(path)
+        if name not in self.read and name not in self.made:
+            self.read[name] = fingerprint.file_digest(path)
+        return path
+
+    def _name(self, path: Path) -> str:
+        inside = path.is_relative_to(self.dir)
+        return path.relative_to(self.dir).as_posix() if inside else str(path)
 
     # -- results
 
@@ -89,6 +98,7 @@ class Run:
         old = read_json(sidecar)
         if path.is_file() and {k: old.get(k) for k in new} == new:
             rows = read_rows(path)
+            self.made[self._name(path)] = fingerprint.file_digest(path)
             print(f"{path.name}: {len(rows)} rows, kept from an earlier run")
             return rows
         before = time.time()
@@ -102,6 +112,7 @@ class Run:
         write_rows(path, rows)
         write_json(sidecar, {**new, "rows": len(rows), "provenance": self._now()})
         journal.remove()
+        self.made[self._name(path)] = fingerprint.file_digest(path)
         why = _changes(old, new) if old else ""
         print(f"{path.name}: {len(rows)} rows, made in {time.time() - before:.1f} s{why}")
         # Read back, so that a fresh run and a resumed one work on exactly the same values.
@@ -123,6 +134,7 @@ class Run:
             }
             # First the record: its checksum then tells whether the table beside it is its own.
             write_json(path.with_suffix(".provenance.json"), record)
+        self.made[self._name(path)] = record["sha256"]
         return path
 
     def read_table(self, name: str, made_by: str | None = None):
@@ -133,11 +145,11 @@ class Run:
         return pandas.read_csv(path)
 
     def figure(self, figure, name: str) -> Path:
-        """Write figures/<profile>/<name>.png (200 dpi) and .pdf; the path of the PNG.
+        """Write runs/<profile>/figures/<name>.png (200 dpi) and .pdf; the path of the PNG.
 
         No date and no program name inside: the same table gives the same bytes.
         """
-        folder = self.root / "figures" / self.profile
+        folder = self.dir / "figures"
         pdf = {"CreationDate": None, "Creator": None, "Producer": None}
         for suffix, metadata in (("pdf", pdf), ("png", {"Software": None})):
             with atomic(folder / f"{name}.{suffix}") as temporary:
@@ -156,13 +168,14 @@ class Run:
         (metrics,) = self.rows(rows, lambda: [make(folder)], code=make, **key)
         for logged in metrics.get("log", ()):
             self.log({f"{name}/{size}/{k}": v for k, v in logged.items()})
+        self.made[self._name(folder)] = fingerprint.file_digest(folder)
         print(f"{name} {size}: loss {metrics['train_loss']:.3f}, {metrics['steps']} steps, "
               f"{metrics['seconds']:.0f} s")
         return folder
 
     def page(self, text: str, name: str) -> Path:
-        """Write a Markdown page beside the figures: figures/<profile>/<name>.md."""
-        path = self.root / "figures" / self.profile / f"{name}.md"
+        """Write a Markdown page beside the figures: runs/<profile>/figures/<name>.md."""
+        path = self.dir / "figures" / f"{name}.md"
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
         return path
@@ -177,9 +190,10 @@ class Run:
                 print(f"W&B is off from here on: {error}")
 
     def finish(self) -> None:
-        """Note the end in executed/<name>.provenance.json and close W&B."""
+        """Note the end in executed/<name>.provenance.json, with ``read`` and ``made``; close W&B."""
         name = os.environ.get("CAI_RUN_NAME", self.notebook)
-        write_json(self.dir / "executed" / f"{name}.provenance.json", self._now())
+        record = {**self._now(), "read": self.read, "made": self.made}
+        write_json(self.dir / "executed" / f"{name}.provenance.json", record)
         if self._wandb is not None:
             with contextlib.suppress(Exception):
                 self._wandb.finish(quiet=True)
@@ -194,15 +208,18 @@ class Run:
         }
 
 
-def start(notebook: str, params: dict) -> Run:
-    """Begin ``notebook`` on ``params["profile"]``: folders, provenance, W&B (offline by default).
+def start(notebook: str, namespace) -> Run:
+    """Begin ``notebook`` with the values of its parameters cell in ``namespace``, its
+    ``globals()``: folders, provenance, W&B (offline by default).
 
-    Raises ValueError for an unknown profile or size, naming the known ones.
+    namespace may be a dict of parameters, as in tests (``params.from_namespace``). Raises
+    ValueError for an unknown parameter, profile or size, naming the nearest or the known ones.
     """
-    if not params.get("profile"):
-        raise ValueError(f"{notebook}: params must hold 'profile', a folder of params/")
+    if not namespace.get("profile"):
+        raise ValueError(f"{notebook}: its parameters must hold 'profile', a folder of params/")
     root = repo_root()
-    check_profile(root, params["profile"])
+    check_profile(root, namespace["profile"])
+    params = from_namespace(root, notebook, namespace)
     check_sizes(root, params, f"{notebook}: ")
     return Run(notebook, params)
 

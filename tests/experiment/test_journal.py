@@ -210,7 +210,7 @@ def test_rows_survive_a_kill(tmp_path):
 
 def test_progress_of_a_batch_is_told_in_lines(monkeypatch, capsys):
     clock = iter([0.0, 10.0, 31.0, 40.0, 65.0])
-    monkeypatch.setattr(journal, "_watched", lambda: False)
+    monkeypatch.setattr(journal, "_interactive", lambda: False)
     monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with journal.progress(100, "completion") as bar:
         for _ in range(4):

@@ -164,7 +164,8 @@ def test_root_is_found_from_any_folder_of_the_clone(monkeypatch):
 
 
 def test_folders_and_missing_results(lab, run):
-    assert {p.name for p in run.dir.iterdir()} == {"data", "models", "results", "wandb", "executed"}
+    folders = {"data", "models", "results", "figures", "wandb", "executed"}
+    assert {p.name for p in run.dir.iterdir()} == folders
     assert run.data("chains_s") == lab / "runs" / "mini" / "data" / "chains_s.jsonl"
     assert run.model("sl_cai", "s") == lab / "runs" / "mini" / "models" / "sl_cai" / "s"
     folder = run.model("sl_cai", "s")
@@ -376,12 +377,11 @@ def test_git_state_tells_commit_and_dirt(tmp_path):
 
     git("init", "-q")
     write(tmp_path / "code.py", "1")
-    write(tmp_path / "figures" / "fig.png", "1")
     git("add", ".")
     git("commit", "-q", "-m", "first")
     state = provenance.git_state(tmp_path)
     assert len(state["commit"]) == 40 and state["dirty"] is False
-    write(tmp_path / "figures" / "fig.png", "2")
+    write(tmp_path / "runs" / "new.txt", "2")  # nobody has added it
     assert provenance.git_state(tmp_path)["dirty"] is False
     write(tmp_path / "code.py", "2")
     assert provenance.git_state(tmp_path)["dirty"] is True
@@ -402,7 +402,8 @@ def test_figures_are_the_same_bytes_for_the_same_table(lab, run, monkeypatch):
     # A clock that has gone on must not be seen in the files.
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
     assert draw() == first
-    assert {p.name for p in (lab / "figures" / "mini").iterdir()} == {"fig.png", "fig.pdf"}
+    assert {p.name for p in (run.dir / "figures").iterdir()} == {"fig.png", "fig.pdf"}
+    assert not (lab / "figures").exists()  # the committed ones are no business of a run
     width = int.from_bytes(first[".png"][16:20], "big")
     assert 300 < width < 500  # 2 inches at 200 dots, trimmed
 
@@ -460,7 +461,11 @@ def test_a_notebook_runs_with_its_parameters_and_streams(lab):
     assert "04-a | 3 0.0001 True" in done.stdout.splitlines()
     assert "Passed unknown parameter" not in done.stderr
     executed = lab / "runs" / "mini" / "executed"
-    assert sorted(p.name for p in executed.iterdir()) == ["04-a.ipynb", "04-a.provenance.json"]
+    assert sorted(p.name for p in executed.iterdir()) == [
+        "04-a.ipynb",
+        "04-a.provenance.json",
+        "04-a.stamp.json",
+    ]
     assert (lab / "runs" / "mini" / "results" / "out.csv").read_text() == "seed\n3\n"
 
 

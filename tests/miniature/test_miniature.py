@@ -463,7 +463,7 @@ SHIPPED = sorted(p.name for p in models.SHIPPED.glob("*") if p.is_dir())
 
 
 def test_every_size_of_the_default_run_is_shipped():
-    assert set(read_params(ROOT / "params/miniature/_common.yaml")["sizes"]) <= set(SHIPPED)
+    assert set(read_params(ROOT / "params/miniature/_common.yaml")["series"]) <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("size", SHIPPED or ["xs"])

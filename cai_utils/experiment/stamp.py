@@ -1,0 +1,77 @@
+"""Whether a run of a notebook would make again what is there, judged by contents.
+
+Beside runs/<profile>/executed/<name>.ipynb stands <name>.stamp.json: digests of all that decided
+the run, of what it read from other runs, and of what it made. ``git checkout`` and ``touch`` change
+none of them, an edit of a docstring or of a plot neither.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cai_utils.experiment import fingerprint, registry
+from cai_utils.experiment.files import PACKAGE, read_json, write_json
+from cai_utils.experiment.params import all_params
+
+
+def ingredients(root, notebook: str, profile: str, overrides: dict | None = None) -> dict:
+    """What decides a run apart from other runs: {"params", "code", "files"}, each {name: value}."""
+    root = Path(root)
+    params = all_params(root, notebook, profile, overrides)
+    trainer = registry.POLICIES[params["method"]].trainer if params.get("method") in (
+        registry.methods()) else None
+    code = fingerprint.notebook_code(
+        root / "notebooks" / f"{notebook}.ipynb", params,
+        text=f"cai_utils.rl.{trainer}" if trainer else "")  # found by its name at run time
+    files = [(PACKAGE / "constitutions").glob("*.yaml")] if any(
+        name.startswith("cai_utils.constitution.") for name in code) else []
+    files = [path for found in files for path in found]
+    if "miniature/" in str(params.get("pretrained")):
+        files += [PACKAGE / "miniature" / "weights"]
+        # 00_miniature makes these, and the other notebooks take them before the shipped ones.
+        anew = root / "runs" / profile / "models" / "pretrained"
+        files += [anew] if anew.is_dir() and notebook != "00_miniature" else []
+    return {
+        "params": {name: fingerprint.canonical(value, name) for name, value in params.items()},
+        "code": code,
+        "files": {path.name: fingerprint.file_digest(path) for path in sorted(files)},
+    }
+
+
+def changes(folder: Path, name: str, now: dict) -> list[str]:
+    """What is not as it was when run ``name`` ended: [] where running it again would change
+    nothing. folder: runs/<profile>; now: ``ingredients``."""
+    old = read_json(folder / "executed" / f"{name}.stamp.json")
+    if not old or not (folder / "executed" / f"{name}.ipynb").is_file():
+        return ["it has not run yet"]
+    found = [
+        f"{kind} {key}" for kind, values in now.items()
+        for key in {**old.get(kind, {}), **values} if old.get(kind, {}).get(key) != values.get(key)
+    ]
+    for kind in ("read", "made"):
+        found += [path for path, digest in old[kind].items() if _digest(folder / path) != digest]
+    return found
+
+
+def write(folder: Path, name: str, now: dict) -> None:
+    """Note that run ``name`` has ended, and mark the runs whose results it has overwritten."""
+    executed = folder / "executed"
+    record = read_json(executed / f"{name}.provenance.json")
+    read, made = record.get("read", {}), record.get("made", {})
+    write_json(executed / f"{name}.stamp.json", {**now, "read": read, "made": made})
+    for stamp in executed.glob("*.stamp.json"):
+        other = stamp.name.removesuffix(".stamp.json")
+        theirs = read_json(stamp).get("made", {})
+        if other != name and any(theirs.get(path, sha) != sha for path, sha in made.items()):
+            outdate(executed / f"{other}.ipynb")
+
+
+def outdate(executed: Path) -> None:
+    """Make an executed notebook older than everything, so that the batch looks at it again."""
+    if executed.is_file():
+        os.utime(executed, (0, 0))
+
+
+def _digest(path: Path) -> str | None:
+    return fingerprint.file_digest(path) if path.exists() else None
