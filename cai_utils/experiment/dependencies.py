@@ -64,23 +64,23 @@ class Module:
             if not names or hasattr(node, "body") and not isinstance(node, FUNCTION | ast.ClassDef):
                 self.running.append(node)
         # A decorator of this package may register what it decorates.
-        self.running += [node for node in self.statements for d in getattr(node, "decorator_list", ())
-                         if {n.id for n in ast.walk(d) if isinstance(n, ast.Name)}
-                         & {*self.imports, *self.definitions}]  # fmt: skip
+        inside = {*self.imports, *self.definitions}
+        self.running += [node for node in self.statements
+                         if _names(getattr(node, "decorator_list", ())) & inside]  # fmt: skip
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 (modules live as long as the process)
+    @functools.cache  # noqa: B019 (modules live as long as the process)
     def part(self, name: str) -> tuple[str, frozenset]:
         """Text and ``references`` of a definition, of ALL, or of RUN."""
         nodes = {ALL: self.statements, RUN: self.running}.get(name)
         nodes = self.definitions.get(name, []) if nodes is None else nodes
         texts = [ast.dump(node) for node in nodes]
-        names = {n.id for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name)}
-        others = [f"{n} = {self.others[n]}" for n in sorted(names & {*self.others} - {*self.imports})]
+        outside = sorted(_names(nodes) & {*self.others} - {*self.imports})
+        others = [f"{name} = {self.others[name]}" for name in outside]
         text = "\n".join([*(sorted(texts) if name == ALL else texts), *others])
         return text, references(nodes, self.imports, self.definitions, self.package)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def parsed(source: bytes, package: str) -> Module:
     return Module(source, package)
 
@@ -114,16 +114,20 @@ def _bound(node) -> set[str]:
     """The names that a statement of a module binds."""
     if isinstance(node, FUNCTION | ast.ClassDef):
         return {node.name}
-    targets = [n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-    return {n.id for n in targets}
+    return _names([node], ast.Store)
+
+
+def _names(nodes, context=ast.expr_context) -> set[str]:
+    found = [n for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name)]
+    return {n.id for n in found if isinstance(n.ctx, context)}
 
 
 def imported(node, package: str):
     """An import statement -> ({local name: (module, name in it)}, [modules it imports])."""
     if isinstance(node, ast.Import):
-        names = [a for a in node.names if ours(a.name)]
-        return ({a.asname or "cai_utils": (a.name if a.asname else "cai_utils", None) for a in names},
-                [a.name for a in names])  # fmt: skip
+        names = [alias for alias in node.names if ours(alias.name)]
+        bound = {a.asname or "cai_utils": a.name if a.asname else "cai_utils" for a in names}
+        return {name: (module, None) for name, module in bound.items()}, [a.name for a in names]
     base = node.module or ""
     if node.level:
         above = package.split(".")[: len(package.split(".")) - node.level + 1]

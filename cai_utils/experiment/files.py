@@ -67,7 +67,7 @@ def write_rows(path, rows) -> None:
 
 
 def repo_root() -> Path:
-    """The root folder of the repository: ``CAI_ROOT``, or found by walking up from the working folder.
+    """The root of the repository: ``CAI_ROOT``, or found by walking up from the working folder.
 
     Raises FileNotFoundError when there is none (``CAI_ROOT`` names no folder, or cai_utils is
     installed somewhere else and the working folder is outside the repository).

@@ -148,8 +148,8 @@ def pick_up(source, jobs, describe, put):
     """The jobs that the active journal does not hold yet, and how to store them: (jobs, keep).
 
     source: JSON that identifies a model which does not change, or None: then nothing is stored.
-    describe: job -> JSON of all that decides its result. For jobs in the journal ``put(job, value)``
-    is called at once; ``keep(jobs, values)`` stores values (JSON) and calls ``put`` for them.
+    describe: job -> JSON of all that decides its result. ``put(job, value)`` is called at once for
+    jobs in the journal; ``keep(jobs, values)`` stores values (JSON) and calls ``put`` for them.
     """
     journal = _active.get() if source is not None else None
 

@@ -136,7 +136,7 @@ def _with_entry(name: str, value, path: list[str], entry):
     if not path:
         return entry
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f"the command line sets {name}.{path[0]}, but {name} is {value!r}, no dict")
+        raise ValueError(f"{name}.{path[0]} cannot be set: {name} is {value!r}, not a dict")
     value = dict(value or {})
     # Keys that YAML reads as numbers ({1: ...}) are found by their text.
     key = next((k for k in value if str(k) == path[0]), path[0])
@@ -179,7 +179,7 @@ def from_namespace(root, notebook: str, namespace) -> dict:
     ``namespace`` (the notebook's ``globals()``, or a dict of parameters alone).
 
     ValueError, with the nearest names, for a parameter that the notebook does not declare: in a
-    dict, or in the cell that papermill adds. A dict for a notebook that is not there is taken whole.
+    dict, or in the cell that papermill adds. Where there is no such notebook, all of it is taken.
     """
     path = Path(root) / "notebooks" / f"{notebook}.ipynb"
     if not path.is_file():

@@ -190,7 +190,7 @@ class Run:
                 print(f"W&B is off from here on: {error}")
 
     def finish(self) -> None:
-        """Note the end in executed/<name>.provenance.json, with ``read`` and ``made``; close W&B."""
+        """Write executed/<name>.provenance.json, with ``read`` and ``made``, and close W&B."""
         name = os.environ.get("CAI_RUN_NAME", self.notebook)
         record = {**self._now(), "read": self.read, "made": self.made}
         write_json(self.dir / "executed" / f"{name}.provenance.json", record)

@@ -142,6 +142,65 @@ def test_overrides_are_yaml():
         params.parse_override("size")
 
 
+def test_an_override_sets_one_entry_of_a_dict(lab):
+    write_notebook(lab, "07_sft", ["x = 1"],
+                   "profile = 'mini'\nn_train = {'xs': 1, 's': 2}\nlr = 1.0\nsettings = None\n")
+    assert merge(lab, "07_sft", overrides={"n_train.s": 3})["n_train"] == {"xs": 1, "s": 3}
+    own = lab / "params" / "mini" / "07_sft.yaml"
+    write(own, "settings: {ppo: {lr: 0.1, clip: 0.2}, 1: x}\n")
+    found = merge(lab, "07_sft", overrides=dict([params.parse_override("settings.ppo.lr=1e-4")]))
+    assert found["settings"] == {"ppo": {"lr": 0.0001, "clip": 0.2}, 1: "x"}
+    both = {"settings": {"a": 1}, "settings.ppo.lr": 2, "settings.ppo.clip": 3}
+    assert merge(lab, "07_sft", overrides=both)["settings"] == {"a": 1, "ppo": {"lr": 2, "clip": 3}}
+    assert merge(lab, "07_sft", overrides={"settings.1": "y"})["settings"][1] == "y"
+    own.unlink()
+    assert merge(lab, "07_sft", overrides={"settings.a.b": 1})["settings"] == {"a": {"b": 1}}
+    with pytest.raises(ValueError, match="command line.*'setting'.*nearest: settings"):
+        merge(lab, "07_sft", overrides={"setting.ppo.lr": 1})
+    with pytest.raises(ValueError, match=r"lr\.xs cannot be set: lr is 1\.0, not a dict"):
+        merge(lab, "07_sft", overrides={"lr.xs": 1})
+    write(own, "settings.ppo: 1\n")
+    with pytest.raises(ValueError, match="unknown parameter 'settings.ppo'"):
+        merge(lab, "07_sft")
+    for wrong in ("a.=1", ".a=1", "a b=1", "=1"):
+        with pytest.raises(ValueError, match="write name=value"):
+            params.parse_override(wrong)
+
+
+def test_all_parameters_are_the_notebooks_own_where_nothing_else_is_said(lab):
+    found = params.all_params(lab, "04_revisions", "mini", {"lr": 2.0})
+    assert found == {"profile": "mini", "seed": 3, "sizes": ["xs", "s"], "size": None,
+                     "n_prompts": 4, "lr": 2.0}  # fmt: skip
+
+
+def test_a_run_takes_its_parameters_from_the_notebooks_namespace(lab):
+    values = {"profile": "mini", "seed": 1, "sizes": ["s"], "size": None, "n_prompts": 2, "lr": 0.1}
+    run = experiment.start("04_revisions", {**values, "__name__": "__main__", "pandas": 1, "x": 2})
+    assert run.params == values
+    with pytest.raises(ValueError, match="04_revisions: unknown parameter 'sede'; nearest: seed"):
+        experiment.start("04_revisions", {"profile": "mini", "sede": 1})
+    assert experiment.start("99_none", {"profile": "mini", "sede": 1}).params["sede"] == 1
+    with pytest.raises(ValueError, match="must hold 'profile'"):
+        experiment.start("04_revisions", {"seed": 1})
+
+
+@pytest.mark.parametrize("given, fails", [("sede = 1", True), ("seed = 1", False),
+                                          ("unused = 1\ngrid = {}", False)])
+def test_what_papermill_passes_has_to_be_a_parameter(lab, monkeypatch, given, fails):
+    """As after `papermill -p sede 1`, which only warns; `-f _common.yaml` passes others' values."""
+    import IPython
+
+    cells = ["", "profile = 'mini'\nseed = 0", f"# Parameters\n{given}\n", "sede = 5"]
+    shell = type("Shell", (), {"user_ns": {"In": cells}})()
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+    namespace = {"__name__": "__main__", "profile": "mini", "seed": 0}
+    if fails:
+        with pytest.raises(ValueError, match="unknown parameter 'sede'; nearest: seed"):
+            experiment.start("04_revisions", namespace)
+    else:
+        assert experiment.start("04_revisions", namespace).params["seed"] == 0
+
+
 def test_notebooks_without_a_parameters_cell_or_profile_are_refused(lab):
     write_notebook(lab, "05_none", ["x = 1"], parameters=None)
     with pytest.raises(ValueError, match="05_none.ipynb has no cell with the tag 'parameters'"):
@@ -450,7 +509,7 @@ def test_a_notebook_runs_with_its_parameters_and_streams(lab):
         "04_revisions",
         [
             "from cai_utils import experiment",
-            "run = experiment.start('04_revisions', dict(profile=profile, seed=seed))",
+            "run = experiment.start('04_revisions', globals())",
             "import os\nprint(seed, lr, os.getcwd() == str(run.root))",
             "run.table([dict(seed=seed)], 'out')\nrun.finish()",
         ],
@@ -467,6 +526,7 @@ def test_a_notebook_runs_with_its_parameters_and_streams(lab):
         "04-a.stamp.json",
     ]
     assert (lab / "runs" / "mini" / "results" / "out.csv").read_text() == "seed\n3\n"
+    assert json.loads((executed / "04-a.provenance.json").read_text())["params"]["lr"] == 0.0001
 
 
 def test_a_failing_notebook_is_kept_and_reported_in_one_message(lab):
@@ -506,6 +566,7 @@ def test_a_dead_kernel_is_reported(lab):
         (["04_revision", "--profile", "mini"], "unknown notebook '04_revision'"),
         (["04_revisions", "--profile", "mini", "n_promts=3"], "unknown parameter 'n_promts'"),
         (["04_revisions", "--profile", "mini", "size=xl"], "unknown size 'xl'"),
+        (["04_revisions", "n_prompts=3", "--profile", "mini", "a.b=1"], "unknown parameter 'a'"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(lab, monkeypatch, arguments, words):
