@@ -16,18 +16,18 @@ import torch
 
 
 def report(**said):
-    """Says how the last turn went and waits for the next."""
+    """Reports how the last turn went and waits for the next."""
     if torch.cuda.is_available():
         said["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
     else:
         said["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print("@" + json.dumps(said), flush=True)
     if not sys.stdin.readline():
-        os._exit(0)  # measured enough: what the trainers do at their end is not of interest
+        os._exit(0)  # measured enough: the trainers' last steps are not of interest
 
 
 class Gate:
-    """Waits between iterations of PPO, and says how the last one went."""
+    """Waits between iterations of PPO, and reports how the last one went."""
 
     def __init__(self, settings):
         self.episodes, self.began = settings["episodes"], None
@@ -48,12 +48,12 @@ def ppo_ours(s):
     prompts, gate = asked(s), Gate(s)
     rows = [p["messages"] for p in prompts]
     folder = Path(s["folder"])
-    ppo.train(
-        folder / "policy", folder / "pm", rows, folder / "ours", lr=1e-5, episodes=s["episodes"],
-        iterations=s["iterations"], minibatch=s["minibatch"], ppo_epochs=2,
-        max_new_tokens=s["new_tokens"], print_every=0, snapshot_every=0, checkpoint_every=0,
-        log=gate,
+    config = ppo.PPOConfig(
+        lr=1e-5, episodes=s["episodes"], iterations=s["iterations"], minibatch=s["minibatch"],
+        ppo_epochs=2, max_new_tokens=s["new_tokens"], print_every=0, snapshot_every=0,
+        checkpoint_every=0,
     )  # fmt: skip
+    ppo.train(folder / "policy", folder / "pm", rows, folder / "ours", config, log=gate)
 
 
 def ppo_peer(s):

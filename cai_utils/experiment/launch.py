@@ -2,13 +2,14 @@
 
     accelerate launch --config_file params/accelerate/ddp.yaml -m cai_utils.rl.ppo CONFIG.yaml
 
-CONFIG.yaml holds the arguments of `ppo.train` (`preference.train`, `sft.finetune`); an argument
-that is the name of a .jsonl file stands for the rows in it. `wandb_project` sends PPO's metrics to
-W&B.
+CONFIG.yaml holds the arguments of `ppo.train` (`preference.train`, `sft.finetune`), a trainer's
+hyperparameters below `config:`. An argument that is the name of a .jsonl file stands for the rows
+in it. `wandb_project` sends an RL run's metrics to W&B.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -26,7 +27,8 @@ from cai_utils.experiment.params import read_params
 
 
 def main(module, function, arguments=None):
-    """Call `module.function` with the arguments in the YAML file that the command line names."""
+    """Call `module.function` with the arguments in the YAML file that the command line names.
+    SystemExit, one line, for a file or arguments that do not fit."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1:
         sys.exit(f"usage: accelerate launch -m {module} CONFIG.yaml (the arguments of {function})")
@@ -61,12 +63,12 @@ def main(module, function, arguments=None):
 
 def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
     """`stage(*arguments, **more)` in this process, or in `num_processes` that `accelerate launch`
-    starts (GPUs where there are, else CPU processes). PPO's `bf16` holds there too, unless
-    `accelerate_config` is given, which says it itself.
+    starts (GPUs where there are, else CPU processes), in the precision of the config's `bf16`
+    unless `accelerate_config` is given.
 
-    stage: `ppo.train`, `preference.train` or `sft.finetune`. accelerate_config: a file of
-    params/accelerate/. Returns what the stage returns in one process; from several, PPO's history
-    or the training.json of its folder. RuntimeError with the last lines when they fail.
+    stage: an RL trainer's `train`, `preference.train` or `sft.finetune`. accelerate_config: a file
+    of params/accelerate/. Returns what the stage returns in one process; from several, the history
+    of RL or the training.json of its folder. RuntimeError with the last lines when they fail.
     """
     if num_processes == 1:
         return stage(*arguments, **more)
@@ -80,16 +82,18 @@ def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
                 write_rows(bound[name], rows)
             elif isinstance(value, Path):
                 bound[name] = str(value)
+            elif dataclasses.is_dataclass(value):
+                bound[name] = dataclasses.asdict(value)
         config = Path(folder) / "config.yaml"
-        # Through JSON: numpy's numbers and tuples are nothing that YAML should see.
+        # Through JSON: YAML has no numpy numbers and no tuples.
         plain = json.loads(json.dumps(bound, default=_plain))
         config.write_text(yaml.safe_dump(plain), encoding="utf-8")
-        bf16 = bound.get("bf16", "auto")
+        bf16 = bound.get("config", {}).get("bf16", "auto")
         if bf16 == "auto":
             bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        begin = command(num_processes, accelerate_config, "bf16" if bf16 else "no")
-        done = subprocess.run([*begin, stage.__module__,
-                               str(config)], env=environment(), stderr=subprocess.PIPE, text=True)
+        call = [*command(num_processes, accelerate_config, "bf16" if bf16 else "no"),
+                stage.__module__, str(config)]
+        done = subprocess.run(call, env=environment(), stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"{stage.__module__} failed in {num_processes} processes:\n"
                            + "\n".join(done.stderr.splitlines()[-15:]))

@@ -1,9 +1,9 @@
-"""PPO that survives a kill: its state on disk, whole or not at all, and the models that it saves.
+"""Checkpoints of PPO, from which a killed run continues, and the models that it saves.
 
 A checkpoint is the folder `out_dir/checkpoint-<iteration>`: weights, optimizer and random states of
-every process (accelerate's `save_state`) and state.json (iteration, KL coefficient, normalisation,
-PM, history). With the seed, from which the order of prompts, the samples and the minibatches
-follow, that is all that an iteration depends on.
+every process (accelerate's `save_state`) and state.json (a `Progress`). With the seed, which
+determines the order of prompts, the samples and the minibatches, that is all that an iteration
+depends on. It is written atomically: a folder of that name is complete.
 """
 
 from __future__ import annotations
@@ -12,27 +12,43 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from cai_utils.experiment import files, fingerprint, provenance
 from cai_utils.lm import models
 
-# Where results go, how they are shown, and memory; not what is in them.
-_NOT_IN_KEY = {"out_dir", "log", "print_every", "checkpoint_every", "runs_dir", "micro_tokens"}
+# Fields of the config that do not change what is trained.
+_NOT_IN_KEY = {"print_every", "checkpoint_every", "micro_tokens"}
 
 
-def key(options, prompts, function, processes):
-    """{argument: fingerprint} of a call of `ppo.train`, with its code and what it runs on; None
-    when it cannot be told (a PM or `refresh` that is an object without a `key` attribute)."""
-    facts = {k: v for k, v in options.items() if k not in _NOT_IN_KEY}
+@dataclass
+class Progress:
+    """What the next iteration depends on, beside weights, optimizer and seed."""
+
+    kl_coef: float
+    iteration: int = 0            # iterations done
+    norm: tuple | None = None     # (mean, std) that normalise scores; None: the next iteration's
+    value: tuple = (0.0, 1.0)     # mean and std of `networks.ResponseValues`
+    pm: str | None = None         # folder of the PM that the last refresh made
+    history: list = field(default_factory=list)  # rows of history.csv
+
+
+def key(config, prompts, function, processes, *, policy_spec, pm_folder, refresh, runs_dir):
+    """{name: fingerprint} of a call of `ppo.train`: the config's fields, the other arguments, its
+    code, and what it runs on. None when there is none (a PM or `refresh` that is an object without
+    a `key` attribute)."""
+    facts = {k: v for k, v in vars(config).items() if k not in _NOT_IN_KEY}
     facts |= {"prompts": prompts, "code": function, "processes": processes,
+              "policy_spec": policy_spec, "pm_folder": pm_folder, "refresh": refresh,
               "versions": provenance.versions(), "device": str(torch.cuda.is_available())}
     for name in ("policy_spec", "pm_folder"):
         if isinstance(facts[name], str | Path):  # a Path stands for the content behind it
-            facts[name] = models.resolve(facts[name], options["runs_dir"])
+            facts[name] = models.resolve(facts[name], runs_dir)
     for name in ("pm_folder", "refresh"):
         if facts[name] is not None and not isinstance(facts[name], str | Path):
             facts[name] = getattr(facts[name], "key", None) or object()
@@ -43,29 +59,30 @@ def key(options, prompts, function, processes):
 
 
 class Checkpoints:
-    """The checkpoints of one call of `ppo.train` in `out_dir`."""
+    """The checkpoints of one call of `ppo.train` in `out_dir`, with the `key` of that call (None:
+    no checkpoints)."""
 
-    def __init__(self, out_dir, key, accelerator):
-        self.out_dir, self.accelerator = Path(out_dir), accelerator
+    def __init__(self, out_dir, key):
+        self.out_dir, self.here = Path(out_dir), PartialState()
         # Computed by one process, as all the others must do what it does.
         self.key = broadcast_object_list([key])[0]
 
     def stop(self, why):
-        """No checkpoint from here on, which is said."""
+        """No checkpoint from here on; prints why."""
         self.key = None
-        if self.accelerator.is_main_process:
+        if self.here.is_main_process:
             print(f"ppo: no checkpoints: {why}", flush=True)
 
     def finished(self):
-        """The number of iterations of a finished run of this very call, or 0."""
+        """The number of iterations of a finished run of the same call, or 0."""
         record = files.read_json(self.out_dir / "training.json")
         return record.get("iterations", 0) if self.key and record.get("key") == self.key else 0
 
     def find(self):
-        """(folder, state) of the last checkpoint, or (None, None); ValueError, which says in what
-        it differs, when it belongs to another call: it may be all that is left of a long run."""
-        found = [(f, state) for f, state in self._own() if state["key"] == self.key]
-        other = [(f, state) for f, state in self._own() if state["key"] != self.key]
+        """(folder, Progress) of the last checkpoint, or (None, None). ValueError, which names the
+        differences, when it belongs to another call: it may be all that is left of a long run."""
+        found = [(f, state) for f, state in self._written() if state["key"] == self.key]
+        other = [(f, state) for f, state in self._written() if state["key"] != self.key]
         if other and not found:
             folder, state = other[-1]
             now, then = self.key or {}, state["key"] or {}
@@ -73,14 +90,17 @@ class Checkpoints:
             raise ValueError(
                 f"{folder} belongs to another run: it differs in {', '.join(changed)}. Remove that "
                 "folder to begin anew, choose another out_dir, or call as then to go on from it")
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        self.here.wait_for_everyone()
+        if self.here.is_main_process:
             for stale in self.out_dir.glob(".checkpoint-*"):  # a kill while it was written
                 shutil.rmtree(stale)
-        self.accelerator.wait_for_everyone()
-        return found[-1] if found else (None, None)
+        self.here.wait_for_everyone()
+        if not found:
+            return None, None
+        folder, state = found[-1]
+        return folder, Progress(**{name: v for name, v in state.items() if name != "key"})
 
-    def _own(self):
+    def _written(self):
         """[(folder, state)] of the folders that `save` wrote, in the order of their iterations."""
         read = [(f, files.read_json(f / "state.json"))
                 for f in self.out_dir.glob("checkpoint-*")]
@@ -88,46 +108,42 @@ class Checkpoints:
                       key=lambda pair: pair[1]["iteration"])
 
     def begin(self):
-        """Of an earlier, other run: its snapshots would mix into this one's curve."""
-        if self.accelerator.is_main_process:
+        """Removes what an earlier, other run left: its snapshots would mix into this one's."""
+        if self.here.is_main_process:
             (self.out_dir / "training.json").unlink(missing_ok=True)
             for stale in self.out_dir.glob("step-*"):
                 shutil.rmtree(stale)
-        self.accelerator.wait_for_everyone()
+        self.here.wait_for_everyone()
 
-    def load(self, folder):
-        """Weights, optimizer and random states of this process from a checkpoint's folder."""
-        self.accelerator.load_state(str(folder))
-
-    def save(self, iteration, state):
+    def save(self, progress, accelerator):
         """Written beside its place, renamed into it, and only then are older ones removed."""
         if self.key is None:
             return
-        folder = self.out_dir / f"checkpoint-{iteration}"
-        temporary = self.out_dir / f".checkpoint-{iteration}"
-        self.accelerator.save_state(str(temporary), safe_serialization=False)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            files.write_json(temporary / "state.json", {"key": self.key, **state})
+        folder = self.out_dir / f"checkpoint-{progress.iteration}"
+        temporary = self.out_dir / f".checkpoint-{progress.iteration}"
+        accelerator.save_state(str(temporary), safe_serialization=False)
+        self.here.wait_for_everyone()
+        if self.here.is_main_process:
+            files.write_json(temporary / "state.json", {"key": self.key, **vars(progress)})
             os.replace(temporary, folder)
-            for old, _ in self._own():
+            for old, _ in self._written():
                 if old != folder:
                     shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        self.here.wait_for_everyone()
 
     def finish(self, iterations, **settings):
-        """Notes that the run is whole, with the settings that its card shall tell; its checkpoints
-        are no longer needed."""
-        if self.accelerator.is_main_process:
+        """Writes training.json: the run is complete, with the settings that its card shows. Removes
+        the checkpoints."""
+        if self.here.is_main_process:
             record = {**settings, "stage": "ppo", "iterations": iterations, "key": self.key}
             files.write_json(self.out_dir / "training.json", record)
-            for old, _ in self._own():
+            for old, _ in self._written():
                 shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        self.here.wait_for_everyone()
 
 
 def save_model(model, tokenizer, folder, samples):
-    """Model, tokenizer and samples.jsonl, each file moved into place when it is whole."""
+    """Model, tokenizer and samples.jsonl, each file moved into place when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".saving-*"):  # of a run that was killed here
         shutil.rmtree(stale)
@@ -137,7 +153,7 @@ def save_model(model, tokenizer, folder, samples):
         tokenizer.save_pretrained(temporary)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in samples]
         (temporary / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
-        # config.json last: a folder that loads is a whole one.
+        # config.json last: a folder that loads is complete.
         for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
             os.replace(file, folder / file.name)
     finally:

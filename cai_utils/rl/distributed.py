@@ -11,14 +11,22 @@ from accelerate.utils import broadcast, parse_flag_from_env
 
 from cai_utils.lm import models
 
-# Parameters from which bf16 pays on a CPU: few, for packed minibatches have few shapes; a product
-# of a new one is slow (updates in bf16, 2 cores: 0.1M slower, 0.6M 1.3 times as fast, 2.3M 1.8).
+# Parameters from which bf16 pays on a CPU: few, as packed minibatches have few shapes, and only a
+# product's first use is slow (updates in bf16, 2 cores: 0.1M parameters slower, 0.6M 1.3 times as
+# fast, 2.3M 1.8 times).
 BF16_ABOVE = 3e5
 
 
-def _apart(work, *arguments):
-    """Calls what trains another model: its trainer sets accelerate's global state anew, ours is put
-    back afterwards."""
+def process_state():
+    """accelerate's state of this process. CPU processes that a launcher started are taken for
+    single ones unless it is told."""
+    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
+    return PartialState(cpu=launched or parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def keeping_state(work, *arguments):
+    """`work(*arguments)`, which trains another model: its trainer sets accelerate's global state
+    anew, and ours is restored afterwards."""
     kept = [(state, dict(state._shared_state)) for state in (PartialState, AcceleratorState)]
     try:
         return work(*arguments)
@@ -28,16 +36,12 @@ def _apart(work, *arguments):
             state._shared_state.update(ours)
 
 
-def _on_cpu():
-    """Whether processes that a launcher started are CPU processes, which accelerate takes for
-    single ones unless it is told."""
-    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
-    return launched or parse_flag_from_env("ACCELERATE_USE_CPU")
+def make_accelerator(model, bf16):
+    """An Accelerator in the precision asked for, unless a launcher's config says another.
 
-
-def _accelerator(model, bf16):
-    """An Accelerator in the precision asked for, unless a launcher's config says another. The state
-    that an earlier stage of a notebook left carries that one's precision, hence is dropped."""
+    accelerate's state from an earlier stage of a notebook is dropped, as it holds that stage's
+    precision. ValueError for a launch config with fp16 or accumulated gradients.
+    """
     AcceleratorState._reset_state()
     if bf16 == "auto":
         on_cpu = model.device.type == "cpu"
@@ -52,13 +56,13 @@ def _accelerator(model, bf16):
         raise ValueError("PPO accumulates gradients by `micro_tokens` and scales no losses: set "
                          "gradient_accumulation_steps to 1 and mixed_precision to bf16 or no")
     plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:  # DeepSpeed wants to know it; our batches are not made by a loader
+    if plugin is not None:  # DeepSpeed asks for it; our batches do not come from a loader
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     return accelerator
 
 
-def _follow(whole, adapted, actor, accelerator):
-    """Gives the whole copy of a sharded policy its present weights, in every process."""
+def copy_weights(actor, whole, adapted, accelerator):
+    """Copies the present weights of a sharded policy into its whole copy, in every process."""
     state = accelerator.get_state_dict(actor)
     with torch.no_grad():
         for name, weight in (adapted[0] if adapted else whole).named_parameters():

@@ -1,11 +1,10 @@
-"""The networks of PPO: policy and value model read at response tokens only, batches of little
-padding, and how they are loaded. B: rows, L: tokens of a row (prompt and response, or several
-episodes), N: response tokens of a batch, flat.
+"""The networks of PPO: policy and value model read at response tokens only, and how they are
+loaded. B: rows, L: tokens of a row (prompt and response, or several episodes), N: response tokens
+of a batch, flat; `packing.pack` makes such batches.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import torch
@@ -20,36 +19,35 @@ def _precise(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# A second pass reads all weights again: so many weights x tokens have to be saved (a quarter of
-# that gained nothing on a CPU, backward included), and so much of a batch.
-SHARING_PAYS = 4e9
+# When a shared prefix gets a pass of its own, which reads all weights again: it must save so many
+# weights x tokens (a quarter of that gained nothing on a CPU, backward included), and this fraction
+# of a batch's tokens.
+PREFIX_WORK = 4e9
+PREFIX_FRACTION = 0.1
 
 
-SHARING_SHARE = 0.1
-
-
-def response_states(base, ids, at, positions=None, share=True, pays=SHARING_PAYS):
+def response_states(base, ids, at, positions=None, share_prefix=True, least_work=PREFIX_WORK):
     """Hidden states (N, H) of a causal base model at the flat places `at` (N,) of ids (B, L).
 
     With positions (B, L), which begin again with each episode, rows hold several episodes that do
-    not see each other. Without, what all rows begin with, as the system prompt of a chat template,
-    passes once: its keys and values serve every row, and the rows' gradients meet there, so that
-    nothing changes but the order of sums (and the peak of memory, by up to one set of gradients of
-    what learns: most weights' are complete only after the beginning's backward). Where that saves
-    less than `pays`, or without `share`, rows pass whole.
+    not see each other. Without, the prefix that all rows share, as the system prompt of a chat
+    template, passes once: its keys and values serve every row, and the rows' gradients add up
+    there. Only the order of sums changes, and the peak of memory, by up to one set of gradients:
+    most weights' are complete only after the prefix's backward pass. Where that saves less than
+    `least_work`, or without `share_prefix`, rows pass whole.
     """
     if positions is not None:
         hidden = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, at)
     rows, width = ids.shape
     shared = 0
-    if share and rows > 1 and len(at):
+    if share_prefix and rows > 1 and len(at):
         first = int((at % width).min())  # hidden states are wanted from there on
         alike = (ids[:, :first] == ids[:1, :first]).all(0)
         shared = int(alike.long().cumprod(0).sum())
     saved = (rows - 1) * shared
     work = saved * sum(p.numel() for p in base.parameters())
-    if not saved or work < pays or (pays and saved < SHARING_SHARE * ids.numel()):
+    if not saved or work < least_work or (least_work and saved < PREFIX_FRACTION * ids.numel()):
         hidden = base(input_ids=ids, use_cache=False).last_hidden_state
     else:
         cache = base(input_ids=ids[:1, :shared], use_cache=True).past_key_values
@@ -60,28 +58,28 @@ def response_states(base, ids, at, positions=None, share=True, pays=SHARING_PAYS
     return hidden.flatten(0, 1).index_select(0, at)
 
 
-def can_share(base, device):
-    """Whether `response_states` may share beginnings: not where a model keeps something else than
-    keys and values of every token."""
+def can_share_prefix(base, device):
+    """Whether `response_states` may pass a shared prefix once: not where a model keeps something
+    else than keys and values of every token."""
     ids = torch.arange(6, device=device)[None].repeat(2, 1)
     ids[1, 3:] = ids[1, 3:].flip(0)
     at = torch.arange(12, device=device).view(2, 6)[:, 2:].flatten()
     with torch.no_grad():
-        whole = response_states(base, ids, at, share=False)
+        whole = response_states(base, ids, at, share_prefix=False)
         try:
-            parts = response_states(base, ids, at, pays=0)
+            parts = response_states(base, ids, at, least_work=0)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             return False  # hybrid and recurrent models fail in ways of their own
     return _close(whole, parts)
 
 
 def can_pack(base, device):
-    """Whether episodes in one row, told apart by their positions alone, stay apart: transformers'
-    masks see to that for attention, nothing does for models that carry a state along a row."""
+    """Whether episodes in one row, separated by their positions alone, do not see each other:
+    transformers masks attention so; models that carry a state along a row do not."""
     ids = torch.arange(8, device=device).repeat(2).view(4, 4).flip(1)
     at, positions = torch.arange(16, device=device), torch.arange(4, device=device).repeat(2, 2)
     with torch.no_grad():
-        whole = response_states(base, ids, at, share=False)
+        whole = response_states(base, ids, at, share_prefix=False)
         try:
             packed = response_states(base, ids.view(2, 8), at, positions)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
@@ -96,16 +94,15 @@ def _close(x, y):
 
 class ResponseLogprobs(nn.Module):
     """A causal LM that gives log-probabilities of the response tokens alone: its head never sees
-    prompt or padding. Right padding needs no attention mask: attention is causal, so that what
-    comes after a token cannot reach it."""
+    prompt or padding. Right padding needs no attention mask, since attention is causal."""
 
     def __init__(self, model, temperature):
         super().__init__()
         self.model, self.temperature, self.plain_head = model, temperature, True
-        # A small model's head in its weights' dtype under bf16, too: it costs little, and as each
-        # batch has its own number of states, a CPU would make a new bf16 kernel for each.
+        # A small model's head stays in its weights' dtype under bf16: it costs little, and a CPU
+        # would make a new bf16 kernel for each batch's number of states.
         self.precise_head = models.is_small(model)
-        self.share = can_share(model.base_model, model.device)
+        self.shares_prefix = can_share_prefix(model.base_model, model.device)
         ids = torch.arange(4, device=model.device)[None]
         with torch.no_grad():  # some architectures scale or cap their logits: then take theirs
             self.plain_head = _close(self._logits(ids, ids[0]), model(input_ids=ids).logits[0])
@@ -114,7 +111,7 @@ class ResponseLogprobs(nn.Module):
         if not self.plain_head:
             whole = self.model(input_ids=ids, position_ids=positions, use_cache=False)
             return whole.logits.flatten(0, 1)[at]
-        states = response_states(self.model.base_model, ids, at, positions, self.share)
+        states = response_states(self.model.base_model, ids, at, positions, self.shares_prefix)
         head = self.model.get_output_embeddings()
         if not self.precise_head:
             return head(states)
@@ -134,16 +131,16 @@ class ResponseLogprobs(nn.Module):
 
 
 class ResponseValues(nn.Module):
-    """A PM read at every position: base model and score head, shifted and scaled as the scores."""
+    """A PM read at every position: (score - mean) / std, in the unit of the normalised scores."""
 
     def __init__(self, model):
         super().__init__()
         self.model, self.mean, self.std = model, 0.0, 1.0
-        self.share = can_share(model.base_model, model.device)
+        self.shares_prefix = can_share_prefix(model.base_model, model.device)
 
     def forward(self, ids, at, positions=None):
         """ids, positions: (B, L); at: (N,) flat places in (B, L) -> values (N,)."""
-        states = response_states(self.model.base_model, ids, at, positions, self.share)
+        states = response_states(self.model.base_model, ids, at, positions, self.shares_prefix)
         with torch.autocast(states.device.type, enabled=False):  # one column costs nothing
             rows = self.model.score(states.to(self.model.score.weight.dtype))
         return (_precise(rows.squeeze(-1)) - self.mean) / self.std
@@ -156,7 +153,7 @@ class Actor(nn.Module):
     def __init__(self, policy, value):
         super().__init__()
         self.policy, self.value = policy, value
-        # A small model's pass costs more to begin than to compute: few and dense ones pay.
+        # A small model's pass costs more to start than to compute: few dense ones are faster.
         self.packs = models.is_small(policy.model) and all(
             can_pack(net.model.base_model, net.model.device) for net in (policy, value))
         # What FSDP wraps one by one: the layers, by the name that the models give them.
@@ -173,21 +170,17 @@ def load(policy_spec, pm, *, device, micro_tokens, runs_dir, lora, seed):
     that learn, in eval mode (no dropout: N+ details); `adapted`: with LoRA, the peft models around
     them, else None.
 
-    Float32, for Adam's small steps vanish in bf16; with `lora` the base, which does not learn, has
-    the dtype that suits the hardware. ValueError: different tokenizers; a quantised base, for the
-    policy that samples has the adapter in its weights.
+    Float32, as Adam's small steps vanish in bf16; with `lora` the base, which does not learn, has
+    the dtype that suits the hardware. ValueError: different tokenizers.
     """
-    if (lora or {}).get("quantize"):
-        raise ValueError("lora: 'quantize' is for sft and preference models; PPO samples from the "
-                         "base with the adapter merged in: leave it out here")
-    where = {"dtype": "auto" if lora else "float32", "runs_dir": runs_dir, "device": device}
-    policy, tokenizer = models.load(policy_spec, **where)
+    options = {"dtype": "auto" if lora else "float32", "runs_dir": runs_dir, "device": device}
+    policy, tokenizer = models.load(policy_spec, **options)
     scorer = scorer_of(pm, tokenizer, policy_spec, device, micro_tokens, runs_dir)
     if isinstance(scorer, preference.Scorer):
         value_model = copy.deepcopy(scorer.model).to(device).requires_grad_(True)
         value_model = value_model if lora else value_model.float()
     else:
-        value_model, _ = models.load(policy_spec, head="score", **where)
+        value_model, _ = models.load(policy_spec, head="score", **options)
         nn.init.zeros_(value_model.score.weight)
     adapted = None
     if lora:
@@ -212,15 +205,15 @@ def scorer_of(pm, tokenizer, policy_spec, device, micro_tokens, runs_dir):
                                    runs_dir=runs_dir)
         scorer.model.to(device)
     if isinstance(scorer, preference.Scorer):
-        own = [(t.get_vocab(), t.bos_token, t.eos_token) for t in (scorer.tokenizer, tokenizer)]
-        if own[0] != own[1]:
+        theirs, ours = ((t.get_vocab(), t.bos_token, t.eos_token)
+                        for t in (scorer.tokenizer, tokenizer))
+        if theirs != ours:
             raise ValueError(f"the PM {pm} and the policy {policy_spec} have different tokenizers: "
                              "train the PM from a model of the policy's family")
     return scorer
 
 
-@contextlib.contextmanager
 def merged(model, adapted):
-    """The policy as a plain model to be saved. A copy takes the adapter in: taking it out again
-    would not give back the same bits."""
-    yield copy.deepcopy(adapted[0]).merge_and_unload() if adapted else model
+    """The policy as a plain model to be saved. The adapter is merged into a copy: unmerging would
+    not give back the same bits."""
+    return copy.deepcopy(adapted[0]).merge_and_unload() if adapted else model

@@ -1,11 +1,24 @@
-"""Episodes in few dense rows, divided among processes."""
+"""Episodes in few dense rows, divided among processes. B: rows, L: tokens of a row, N: response
+tokens of a batch, flat in the order of its episodes."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+
+@dataclass(frozen=True)
+class Episode:
+    """The token ids of a prompt and of the response to it (its eos included, if it has one)."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+    def __len__(self):
+        return len(self.prompt_ids) + len(self.response_ids)
 
 
 def length_groups(lengths, max_tokens, max_padding=0.1):
@@ -52,15 +65,15 @@ def packed_rows(lengths, max_tokens):
 
 
 def _multiple(length, of=8):
-    """Few widths: for each new shape of a product, some libraries make a kernel of its own."""
+    """Rounded up: few widths, as some libraries make a new kernel for each shape of a product."""
     return -(-length // of) * of
 
 
-def shares(lengths, max_tokens, process=0, processes=1, packs=False):
+def passes_of_process(lengths, max_tokens, process=0, processes=1, packs=False):
     """The passes of one process over its episodes (every `processes`-th): [(rows, weight)], rows
     being lists of indices: one each, in passes of like length, or with `packs` several.
 
-    All processes make the same number of passes, for their messages must meet: one with fewer
+    All processes make the same number of passes, as each pass exchanges messages: one with fewer
     repeats the shortest episode at weight 0. Every episode has weight 1 in exactly one process.
     """
     def passes(rank):
@@ -79,20 +92,20 @@ def shares(lengths, max_tokens, process=0, processes=1, packs=False):
 
 
 def pack(episodes, device="cpu", counts=None):
-    """Episodes {"prompt_ids", "response_ids"} -> ids (B, L), right-padded; flat over their N
-    response tokens in order, `at` (the place in (B, L) that predicts a token) and the tokens; and
-    positions (B, L), which begin again with each episode: None if no row holds more than one.
+    """Episodes -> what the networks take: ids (B, L), right-padded; `at` (N,), the flat place in
+    (B, L) that predicts each response token, and these tokens (N,); positions (B, L), which begin
+    again with each episode, or None if no row holds more than one.
 
-    counts: (B,) how many episodes, in order, share each row; None: each has its own."""
+    counts: (B,) how many episodes, in order, stand in each row; None: one.
+    """
     counts = counts or [1] * len(episodes)
     several, left = max(counts) > 1, iter(episodes)
     rows, positions, starts = [], [], []
     for k, count in enumerate(counts):
         row, places = [], []
         for e in (next(left) for _ in range(count)):
-            whole = e["prompt_ids"] + e["response_ids"]
-            starts.append((k, len(row) + len(e["prompt_ids"]) - 1))
-            row, places = row + whole, places + list(range(len(whole)))
+            starts.append((k, len(row) + len(e.prompt_ids) - 1))
+            row, places = row + e.prompt_ids + e.response_ids, places + list(range(len(e)))
         rows.append(row)
         positions.append(places)
     width = max(map(len, rows))
@@ -100,8 +113,8 @@ def pack(episodes, device="cpu", counts=None):
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     starts = [k * width + place for k, place in starts]
     spans = zip(starts, episodes, strict=True)
-    at = torch.cat([torch.arange(s, s + len(e["response_ids"])) for s, e in spans])
-    if several:  # not beyond the positions that a model has: padding tokens see but themselves
+    at = torch.cat([torch.arange(s, s + len(e.response_ids)) for s, e in spans])
+    if several:  # padding has position 0, as counting on could exceed the model's positions
         positions = torch.tensor([p + [0] * (width - len(p)) for p in positions])
     targets = ids.flatten()[at + 1]
     return (ids.to(device), at.to(device), targets.to(device),

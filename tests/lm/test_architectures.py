@@ -70,7 +70,7 @@ def test_a_policy_and_a_value_model_for_ppo(folder):
         )
         talk = PROMPT + ROWS[0]["chosen"]
         ((prompt, answer),) = tokens.encode([talk], tokenizer)
-        inputs = packing.pack([{"prompt_ids": prompt, "response_ids": answer}])
+        inputs = packing.pack([packing.Episode(prompt, answer)])
         actor = networks.Actor(networks.ResponseLogprobs(policy, 1.0),
                                networks.ResponseValues(value))
         logp, entropy, values = actor(*inputs, with_entropy=True)

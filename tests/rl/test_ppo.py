@@ -103,7 +103,8 @@ def run(lab, out, judge="pm", **options):
         missing_eos_penalty=0.0,
     )  # fmt: skip
     scorer = lab / judge if isinstance(judge, str) else judge
-    return ppo.train(lab / "policy", scorer, PROMPTS, out, **{**defaults, **options})
+    call = {name: options.pop(name) for name in ("log", "refresh") if name in options}
+    return ppo.train(lab / "policy", scorer, PROMPTS, out, {**defaults, **options}, **call)
 
 
 # --- the formulas ----------------------------------------------------------------------------
@@ -208,14 +209,14 @@ def test_losses_against_loops(data, clip):
         terms.append(max(-c * ratio, -c * kept))
         hits += -c * kept > -c * ratio
     loss, fraction = losses.policy_loss(data[1][0], data[1][1], data[1][3], mask, clip)
-    close((loss, fraction), (sum(terms) / len(terms), hits / len(losses)))
+    close((loss, fraction), (sum(terms) / len(terms), hits / len(terms)))
     terms, hits = [], 0
     for a, b, c in zip(new, old, goal, strict=True):
         kept = min(max(a, b - clip), b + clip)
         terms.append(max((a - c) ** 2, (kept - c) ** 2) / 2)
         hits += (kept - c) ** 2 > (a - c) ** 2
     loss, fraction = losses.value_loss(*data[1][:3], mask, clip)
-    close((loss, fraction), (sum(terms) / len(terms), hits / len(losses)))
+    close((loss, fraction), (sum(terms) / len(terms), hits / len(terms)))
     plain = sum((a - c) ** 2 for a, c in zip(new, goal, strict=True)) / 2 / len(new)
     close(losses.value_loss(*data[1][:3], mask, None)[0], plain)
 
@@ -277,18 +278,18 @@ def test_rows_are_packed_as_densely_as_they_can_be():
 
 
 def test_prompts_are_drawn_once_a_pass():
-    whole = [ppo._draw(10, 4, start, seed=3) for start in range(0, 40, 4)]
+    whole = [ppo._next_prompts(10, 4, start, seed=3) for start in range(0, 40, 4)]
     whole = sum(whole, [])
     for p in range(4):
         assert sorted(whole[10 * p : 10 * p + 10]) == list(range(10))
-    assert whole[:10] != whole[10:20] and whole[:4] != ppo._draw(10, 4, 0, seed=4)
-    assert ppo._draw(3, 7, 2, seed=0) == [ppo._draw(3, 9, 0, seed=0)[i] for i in range(2, 9)]
+    assert whole[:10] != whole[10:20] and whole[:4] != ppo._next_prompts(10, 4, 0, seed=4)
+    assert ppo._next_prompts(3, 7, 2, seed=0) == ppo._next_prompts(3, 9, 0, seed=0)[2:9]
 
 
 EPISODES = [
-    {"prompt_ids": [1, 3, 7], "response_ids": [9, 4, 2]},
-    {"prompt_ids": [1, 3, 5, 6, 8, 9], "response_ids": [2]},
-    {"prompt_ids": [1], "response_ids": [5, 6, 7, 8, 9]},
+    packing.Episode([1, 3, 7], [9, 4, 2]),
+    packing.Episode([1, 3, 5, 6, 8, 9], [2]),
+    packing.Episode([1], [5, 6, 7, 8, 9]),
 ]
 
 
@@ -315,7 +316,7 @@ def test_response_logprobs_equal_plain_forwards(kind):
         logp, entropy = net(*packing.pack(EPISODES), with_entropy=True)
         expected, spread = [], []
         for e in EPISODES:
-            ids, n = e["prompt_ids"] + e["response_ids"], len(e["prompt_ids"])
+            ids, n = e.prompt_ids + e.response_ids, len(e.prompt_ids)
             logs = (model(input_ids=torch.tensor([ids])).logits[0] / 0.7).log_softmax(-1)
             expected += [logs[t - 1, ids[t]].item() for t in range(n, len(ids))]
             spread += [-(logs[t].exp() * logs[t]).sum().item() for t in range(n - 1, len(ids) - 1)]
@@ -324,23 +325,23 @@ def test_response_logprobs_equal_plain_forwards(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
-def test_a_shared_beginning_passes_once_and_changes_nothing(kind, monkeypatch):
+def test_a_shared_prefix_passes_once_and_changes_nothing(kind, monkeypatch):
     base = tiny(kind).double().base_model
-    assert networks.can_share(base, "cpu")
+    assert networks.can_share_prefix(base, "cpu")
     system = [3, 4, 5, 6, 7]
-    episodes = [{**e, "prompt_ids": system + e["prompt_ids"]} for e in EPISODES]
+    episodes = [packing.Episode(system + e.prompt_ids, e.response_ids) for e in EPISODES]
     ids, at, *_ = packing.pack(episodes)
     widths, passed = [], base.forward
     monkeypatch.setattr(base, "forward", lambda **how: (
         widths.append(tuple(how["input_ids"].shape)) or passed(**how)))
     found = []
-    for pays in (float("inf"), 0):
-        states = networks.response_states(base, ids, at, pays=pays)
+    for least in (float("inf"), 0):
+        states = networks.response_states(base, ids, at, least_work=least)
         weights = torch.linspace(-1, 1, states.numel(), dtype=states.dtype).view_as(states)
         grads = torch.autograd.grad((weights * states).sum(), list(base.parameters()))
         found.append([states, *grads])
-    whole, beginning, rest = widths
-    assert beginning == (1, whole[1] - rest[1]) and beginning[1] >= len(system)
+    whole, prefix, rest = widths
+    assert prefix == (1, whole[1] - rest[1]) and prefix[1] >= len(system)
     assert whole[0] == rest[0] == len(episodes)
     for plain, shared in zip(*found, strict=True):
         # The norms of Llama and Gemma compute in float32 whatever the model's dtype.
@@ -372,7 +373,7 @@ def test_padding_stays_within_the_positions_that_a_model_has():
     lengths, config = [30, 30, 31, 27, 40], dict(vocab_size=21, n_embd=16, n_layer=1, n_head=2)
     lm = GPT2LMHeadModel(GPT2Config(**config, n_positions=41, bos_token_id=1, eos_token_id=2))
     (rows,) = packing.packed_rows(lengths, 2048)
-    episodes = [{"prompt_ids": [3] * (lengths[i] - 2), "response_ids": [4, 5]}
+    episodes = [packing.Episode([3] * (lengths[i] - 2), [4, 5])
                 for row in rows for i in row]
     ids, *rest = packing.pack(episodes, counts=[len(row) for row in rows])
     assert ids.shape[1] > 41  # a row is longer than an episode may be
@@ -400,7 +401,7 @@ def test_rows_are_not_packed_where_something_is_carried_along_them(monkeypatch):
     assert not networks.can_pack(base, "cpu")
 
 
-def test_beginnings_are_not_shared_where_that_is_not_exact(monkeypatch):
+def test_prefixes_are_not_shared_where_that_is_not_exact(monkeypatch):
     base = tiny("llama").base_model
     plain = base.forward
 
@@ -409,7 +410,7 @@ def test_beginnings_are_not_shared_where_that_is_not_exact(monkeypatch):
         return plain(**how)
 
     monkeypatch.setattr(base, "forward", forgets)
-    assert not networks.can_share(base, "cpu")
+    assert not networks.can_share_prefix(base, "cpu")
 
     def breaks(past_key_values=None, **how):  # as models of mixed layers do
         if past_key_values is not None:
@@ -417,7 +418,7 @@ def test_beginnings_are_not_shared_where_that_is_not_exact(monkeypatch):
         return plain(**how)
 
     monkeypatch.setattr(base, "forward", breaks)
-    assert not networks.can_share(base, "cpu")
+    assert not networks.can_share_prefix(base, "cpu")
 
 
 def test_values_at_the_end_are_the_scores_of_the_pm(lab):
@@ -431,7 +432,7 @@ def test_values_at_the_end_are_the_scores_of_the_pm(lab):
     text = [scorer.tokenizer.apply_chat_template(m, tokenize=False) for m in said]
     ids = [scorer.tokenizer(t)["input_ids"] for t in text]
     # The value that predicts a token after the eos is read at the eos.
-    episodes = [{"prompt_ids": row, "response_ids": [0]} for row in ids]
+    episodes = [packing.Episode(row, [0]) for row in ids]
     with torch.no_grad():
         values = net(*packing.pack(episodes)[:2])
     np.testing.assert_allclose(values, (scores - 0.5) / 2, atol=1e-5)

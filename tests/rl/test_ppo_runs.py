@@ -56,7 +56,7 @@ LONG = dict(iterations=7, checkpoint_every=2, snapshot_every=3, kl_target=0.02, 
 def test_a_killed_run_ends_bit_for_bit_where_an_unbroken_one_ends(lab, tmp_path, capsys):  # noqa: F811
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     expected = run(lab, whole, **LONG)
-    code = KILLED.format(tests=str(ROOT / "tests"), root=str(ROOT), lab=str(lab),
+    code = KILLED.format(tests=str(ROOT / "tests" / "rl"), root=str(ROOT), lab=str(lab),
                          out=str(broken), options=LONG)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -153,7 +153,8 @@ def test_an_object_without_a_key_has_no_checkpoints_and_says_so(lab, tmp_path, c
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(16, 200),
        st.integers(1, 5), st.booleans())  # fmt: skip
 def test_every_row_is_passed_exactly_once_in_as_many_passes(lengths, max_tokens, processes, packs):
-    found = [packing.shares(lengths, max_tokens, p, processes, packs) for p in range(processes)]
+    found = [packing.passes_of_process(lengths, max_tokens, p, processes, packs)
+             for p in range(processes)]
     assert len({len(passes) for passes in found}) == 1
     done = [i for passes in found for rows, weight in passes if weight for row in rows for i in row]
     assert sorted(done) == list(range(len(lengths)))
@@ -164,10 +165,10 @@ def test_two_processes_equal_one(lab, tmp_path):  # noqa: F811
     # Few tokens a pass: gradients are accumulated, and one process waits for the other's last.
     how = dict(lr=1e-3, iterations=3, episodes=15, minibatch=8, max_new_tokens=6, print_every=0,
                missing_eos_penalty=0.5, seed=2, snapshot_every=0, micro_tokens=30)  # fmt: skip
-    alone = ppo.train(lab / "policy", lab / "pm", PROMPTS, tmp_path / "one", **how)
+    alone = ppo.train(lab / "policy", lab / "pm", PROMPTS, tmp_path / "one", how)
     logged = []
     both = launch.run(ppo.train, lab / "policy", lab / "pm", PROMPTS, tmp_path / "two",
-                      log=logged.append, num_processes=2, **how)
+                      how, log=logged.append, num_processes=2)
     assert list(both["episode"]) == [15, 30, 45] and len(logged) == 3
     # The number of tokens says that every rollout is there, once.
     assert list(both["val/tokens"].iloc[:1]) == list(alone["val/tokens"].iloc[:1])
@@ -212,7 +213,13 @@ def test_a_config_that_does_not_fit_is_one_clear_error(tmp_path):
     config.write_text(yaml.safe_dump({"policy_spec": "x", "lrr": 1}))
     with pytest.raises(SystemExit) as stop:
         launch.main("cai_utils.rl.ppo", "train", [str(config)])
-    assert "unknown argument lrr" in str(stop.value) and "lr is missing" in str(stop.value)
+    assert "unknown argument lrr" in str(stop.value) and "config is missing" in str(stop.value)
+    call = {name: "x" for name in ("policy_spec", "pm_folder", "out_dir")} | {"prompts": []}
+    for fields, error in (({"lrr": 1}, "unknown field 'lrr' of PPOConfig; nearest: lr"),
+                          ({"clip": 0.1}, "PPOConfig: lr is missing")):
+        config.write_text(yaml.safe_dump({**call, "config": fields}))
+        with pytest.raises(SystemExit, match=error):
+            launch.main("cai_utils.rl.ppo", "train", [str(config)])
     with pytest.raises(SystemExit, match="no such file"):
         launch.main("cai_utils.rl.ppo", "train", [str(tmp_path / "none.yaml")])
 
@@ -232,9 +239,10 @@ def test_a_config_file_starts_a_run(lab, tmp_path):  # noqa: F811
     write_rows(tmp_path / "prompts.jsonl", PROMPTS)
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump({
-        "policy_spec": str(lab / "policy"), "pm_folder": str(lab / "pm"), "lr": 1e-3,
+        "policy_spec": str(lab / "policy"), "pm_folder": str(lab / "pm"),
         "prompts": str(tmp_path / "prompts.jsonl"), "out_dir": str(tmp_path / "out"),
-        "iterations": 1, "episodes": 8, "minibatch": 8, "max_new_tokens": 4, "print_every": 0}))
+        "config": {"lr": 1e-3, "iterations": 1, "episodes": 8, "minibatch": 8,
+                   "max_new_tokens": 4, "print_every": 0}}))
     launch.main("cai_utils.rl.ppo", "train", [str(config)])
     assert (tmp_path / "out" / "config.json").is_file()
 
@@ -249,11 +257,11 @@ def test_episodes_in_one_row_train_as_episodes_of_their_own(lab, tmp_path, monke
         return pack(episodes, device, counts)
 
     monkeypatch.setattr(rollout, "pack", counted)
-    packed = ppo.train(lab / "policy", lab / "pm", PROMPTS, tmp_path / "packed", **how)
+    packed = ppo.train(lab / "policy", lab / "pm", PROMPTS, tmp_path / "packed", how)
     assert max(rows) > 1
     rows.clear()
     monkeypatch.setattr(networks, "can_pack", lambda *_: False)
-    plain = ppo.train(lab / "policy", lab / "pm", PROMPTS, tmp_path / "plain", **how)
+    plain = ppo.train(lab / "policy", lab / "pm", PROMPTS, tmp_path / "plain", how)
     assert max(rows) == 1
     same = [c for c in plain if not c.startswith(("time/", "eps", "tokens_per_second"))]
     np.testing.assert_allclose(packed[same], plain[same], rtol=2e-3, atol=2e-4)
@@ -318,7 +326,7 @@ def test_the_pm_is_refreshed_with_labels_on_the_policys_samples(lab, tmp_path): 
                          "rejected": [{"role": "assistant", "content": b}]})
         return rows
 
-    refresh = online.refresher(lab / "pm", label, PROMPTS, tmp_path / "pms", n=12, batch_size=8,
+    refresh = online.PMRefresher(lab / "pm", label, PROMPTS, tmp_path / "pms", n=12, batch_size=8,
                                max_new_tokens=6, key="likes w3")
     history = run(lab, tmp_path / "out", iterations=5, refresh=refresh, refresh_every=2,
                   score_norm="start", checkpoint_every=2)
@@ -331,7 +339,7 @@ def test_the_pm_is_refreshed_with_labels_on_the_policys_samples(lab, tmp_path): 
     assert all(len(set(p["responses"])) == 2 for pairs in seen for p in pairs)
 
     def again(folder, log=None):
-        refresh = online.refresher(lab / "pm", label, PROMPTS, folder / "pms", n=12, batch_size=8,
+        refresh = online.PMRefresher(lab / "pm", label, PROMPTS, folder / "pms", n=12, batch_size=8,
                                    max_new_tokens=6, key="likes w3")
         return run(lab, folder / "out", iterations=5, refresh=refresh, refresh_every=2,
                    score_norm="start", checkpoint_every=1, log=log)

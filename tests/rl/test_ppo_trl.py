@@ -11,7 +11,9 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from cai_utils.rl import networks, ppo, rollout
+from cai_utils.rl import networks, packing, ppo, rollout
+from cai_utils.rl.config import PPOConfig
+from cai_utils.rl.learner import Learner
 
 FIXTURE = Path(__file__).parent / "fixtures" / "trl_ppo.safetensors"
 
@@ -38,19 +40,20 @@ def ours(tensors, facts, case):
     for query, response in zip(tensors[f"{case}.queries"].tolist(),
                                tensors[f"{case}.responses"].tolist(), strict=True):
         said = [t for t in response if t != config.pad_token_id]
-        batch.append({"prompt_ids": [t for t in query if t != config.pad_token_id],
-                      "response_ids": said})
+        batch.append(packing.Episode([t for t in query if t != config.pad_token_id], said))
     accelerator = Accelerator()
     logprobs = networks.ResponseLogprobs(reference.eval(), how["temperature"])
     bare = networks.Actor(networks.ResponseLogprobs(policy.eval(), how["temperature"]),
                           networks.ResponseValues(value.eval()))
     optimizer = torch.optim.Adam(bare.parameters(), lr=how["lr"], eps=1e-5)
     actor, optimizer = accelerator.prepare(bare, optimizer)
-    options = {**how, **facts["cases"][case], "whiten_rewards": False, "micro_tokens": 40,
-               "minibatch": len(batch), "target_kl": None, "max_grad_norm": 1e9, "seed": 0}
-    data, _ = rollout.evaluate(actor, lambda *b: logprobs(*b)[0], accelerator, batch,
-                                tensors[f"{case}.scores"], options, how["kl_coef"], 1)
-    ppo.update(actor, optimizer, accelerator, batch, data, options, 1)
+    ppo_config = PPOConfig(**how, **facts["cases"][case], micro_tokens=40, minibatch=len(batch),
+                           max_grad_norm=1e9)
+    learner = Learner(ppo_config, accelerator, bare, actor, optimizer, lambda *b: logprobs(*b)[0])
+    predicted = rollout.evaluate(learner, batch, 1)
+    experience = rollout.experience_of(predicted, tensors[f"{case}.scores"], ppo_config,
+                                       how["kl_coef"])
+    ppo.update(learner, batch, experience, 1)
     return policy.state_dict(), value.state_dict()
 
 
