@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
 from cai_utils.experiment.execute import execute
 from cai_utils.experiment.files import repo_root
-from cai_utils.experiment.params import check_profile, merge_params, parse_override
+from cai_utils.experiment.params import merge_params, parse_override
 
 
 def run(options) -> None:
@@ -28,20 +29,28 @@ def run(options) -> None:
     )
 
 
-def gallery(options) -> None:
-    """Write the page of a profile's figures, figures/<profile>/README.md."""
-    from cai_utils.figures import gallery
+def redraw(options) -> None:
+    """Draw a profile's figures, or one, again from saved tables: no notebook runs."""
+    from cai_utils.figures import reference
 
-    root = repo_root()
-    gallery.write(check_profile(root, options.profile), root)
-    print(f"figures/{options.profile}/README.md shows them")
+    folder = reference.redraw(repo_root(), options.profile, options.figure, options.style,
+                              options.source, options.out)
+    print(f"figures are in {os.path.relpath(folder)}")
+
+
+def publish(options) -> None:
+    """Make a profile's finished run the reference in figures/<profile>/."""
+    from cai_utils.figures import reference
+
+    folder = reference.publish(repo_root(), options.profile)
+    print(f"{os.path.relpath(folder)} holds the new reference")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and do what it asks; errors are one line on stderr, exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m cai_utils", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for function in (run, gallery):
+    for function in (run, redraw, publish):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)
         command.add_argument("--profile", default="miniature", help="a folder of params/")
@@ -50,6 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
             command.add_argument("values", nargs="*", metavar="name=value",
                                  help="parameters, as YAML")
             command.add_argument("--name", help="name of the executed notebook, for repeated runs")
+        if function is redraw:
+            command.add_argument("--figure", help="one of them, for example fig05_revisions")
+            command.add_argument("--style", help="a .mplstyle file, on top of the project's style")
+            command.add_argument("--from", dest="source", default="figures",
+                                 choices=("figures", "runs"), help="whose tables")
+            command.add_argument("--out", help="another folder to draw into")
     options, rest = parser.parse_known_args(arguments)
     if getattr(options, "values", None) is not None:
         # argparse gives up on a list of values that an option stands in.

@@ -5,7 +5,7 @@ In a notebook, after its parameters cell::
     run = runs.start("04_revision_iterations", params)
     chains = run.rows("chains_s", lambda: critique.revise(...), size="s", seed=seed)
     table = run.table(scores, "fig05_revisions")
-    run.figure(plots.fig05_revisions(run.read_table("fig05_revisions")), "fig05_revisions")
+    run.figure(draw("fig05_revisions", run.dir / "results"), "fig05_revisions")
     run.finish()
 
 In the batch: ``python -m cai_utils run 04_revision_iterations --profile miniature seed=1``.
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from cai_utils.experiment import fingerprint, provenance
-from cai_utils.experiment.files import atomic, read_json, repo_root, write_json
+from cai_utils.experiment.files import atomic, read_json, repo_root, save_figure, write_json
 from cai_utils.experiment.params import check_profile, check_sizes
 
 
@@ -133,16 +133,8 @@ class Run:
         return pandas.read_csv(path)
 
     def figure(self, figure, name: str) -> Path:
-        """Write figures/<profile>/<name>.png (200 dpi) and .pdf; the path of the PNG.
-
-        No date and no program name inside: the same table gives the same bytes.
-        """
-        folder = self.root / "figures" / self.profile
-        pdf = {"CreationDate": None, "Creator": None, "Producer": None}
-        for suffix, metadata in (("pdf", pdf), ("png", {"Software": None})):
-            with atomic(folder / f"{name}.{suffix}") as temporary:
-                figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata=metadata)
-        return folder / f"{name}.png"
+        """Write runs/<profile>/figures/<name>.png (200 dpi) and .pdf; the path of the PNG."""
+        return save_figure(figure, self.dir / "figures", name)
 
     def trained(self, name: str, size: str, make, **key) -> Path:
         """The folder models/<name>/<size>, made by `make(folder) -> metrics` unless it is there
@@ -161,8 +153,8 @@ class Run:
         return folder
 
     def page(self, text: str, name: str) -> Path:
-        """Write a Markdown page beside the figures: figures/<profile>/<name>.md."""
-        path = self.root / "figures" / self.profile / f"{name}.md"
+        """Write a Markdown page beside the figures: runs/<profile>/figures/<name>.md."""
+        path = self.dir / "figures" / f"{name}.md"
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
         return path
