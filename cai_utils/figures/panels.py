@@ -69,9 +69,12 @@ def rename(df, figure, column, known):
     return df.assign(**{column: df[column].map(known)})
 
 
-def grid(rows, cols, height=2.3, **kw):
-    """Figure and (rows, cols) axes: one column of a page wide, or a page for several panels."""
-    width = 3.4 if cols < 3 else 2.4
+def grid(rows, cols, height=2.3, width=None, **kw):
+    """Figure and (rows, cols) axes: one column of a page wide, or a page for several panels.
+
+    height, width: inches of a panel.
+    """
+    width = width or (3.4 if cols < 3 else 2.4)
     fig, axes = plt.subplots(rows, cols, figsize=(width * cols, height * rows + 0.5),
                              squeeze=False, layout="constrained", **kw)
     fig.get_layout_engine().set(w_pad=0.05, h_pad=0.05, wspace=0.03, hspace=0.03)
@@ -113,7 +116,8 @@ def legend(fig, axes, note):
             handles.setdefault(label, handle)
     title = textwrap.fill(note, int(fig.get_figwidth() * 19))
     # as few rows as fit, and these filled evenly
-    for columns in sorted({-(-len(handles) // rows) for rows in range(1, len(handles) + 1)})[::-1]:
+    fitting = {-(-len(handles) // rows) for rows in range(1, len(handles) + 1)} or {1}
+    for columns in sorted(fitting, reverse=True):
         legend = fig.legend(handles.values(), handles.keys(), loc="outside lower center",
                             ncol=columns, title=title, columnspacing=1.2, handlelength=2.2)
         legend.get_title().set(multialignment="center", color="#555555")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 
+from cai_utils.data.xstest import COMPLIANCE, FULL, PARTIAL
 from cai_utils.figures import panels, style
 
 ELO_AXES = {"helpfulness": "Helpfulness Elo", "harmlessness": "Harmlessness Elo"}
@@ -370,5 +371,36 @@ def published_models(df, note="bars: 95 % intervals over prompts; of shares the 
         ax.plot(d["estimate"], at, marker, color=color, label=f"{names.get(kind, kind)} prompts")
         ax.set(xlabel=str(measure), yticks=range(len(methods)), yticklabels=methods,
                ylim=(len(methods) - 0.5, -0.5))
+    panels.legend(fig, axes, note)
+    return fig
+
+
+@style.figure
+def refusal_confusion(df, note="numbers: answers; colors: their share of the answers that people "
+                               "label so; agreement and its 95 % intervals: refusal_agreement"):
+    """How refusals are read, against human labels: a row of panels per reader, a column per model.
+
+    Columns: read_by, model, human (a label of XSTest), and the number of answers that are read as
+    each of those labels.
+    """
+    import seaborn  # takes a second, so only where it draws
+
+    said = [COMPLIANCE, PARTIAL, FULL]
+    names = ["read_by", "model", "human"]
+    df = panels.check(df, "refusal_confusion", said, names, names, ())
+    readers, models = (list(dict.fromkeys(df[column])) for column in names[:2])
+    fig, axes = panels.grid(len(readers), len(models), 1.7, max(1.6, 3.4 / len(models)),
+                            sharex=True, sharey=True)
+    for (row, reader), (col, model) in itertools.product(enumerate(readers), enumerate(models)):
+        d = df[(df["read_by"] == reader) & (df["model"] == model)].set_index("human")
+        counts = d.reindex(said)[said].fillna(0)
+        seaborn.heatmap(
+            counts.div(counts.sum(axis=1).clip(lower=1), axis=0), annot=counts, fmt=".0f",
+            vmin=0, vmax=1, cmap="Blues", cbar=False, linewidths=1, ax=axes[row, col],
+            xticklabels=["none", "partial", "full"], yticklabels=["none", "partial", "full"])
+        axes[row, col].tick_params(axis="y", labelrotation=0)
+        axes[row, col].set(title=model if row == 0 else None,
+                           xlabel=f"Refusal, says the {reader}",
+                           ylabel="Refusal, say people" if col == 0 else None)
     panels.legend(fig, axes, note)
     return fig
