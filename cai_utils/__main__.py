@@ -11,7 +11,7 @@ from pathlib import Path
 from cai_utils.experiment import stamp
 from cai_utils.experiment.execute import execute
 from cai_utils.experiment.files import repo_root
-from cai_utils.experiment.params import check_profile, merge_params, parse_override
+from cai_utils.experiment.params import merge_params, parse_override
 
 
 def run_arguments(command) -> None:
@@ -49,21 +49,33 @@ def run(options) -> None:
     )
 
 
-def no_arguments(command) -> None:
-    pass
+def redraw_arguments(command) -> None:
+    command.add_argument("--figure", help="one of them, for example fig05_revisions")
+    command.add_argument("--style", help="a .mplstyle file, on top of the project's style")
+    command.add_argument("--from", dest="source", default="figures", choices=("figures", "runs"),
+                         help="whose tables")
+    command.add_argument("--out", help="another folder to draw into")
 
 
-def gallery(options) -> None:
-    """Write the page of a profile's figures, figures/<profile>/README.md."""
-    from cai_utils.figures import gallery
+def redraw(options) -> None:
+    """Draw a profile's figures, or one, again from saved tables: no notebook runs."""
+    from cai_utils.figures import reference
 
-    root = repo_root()
-    gallery.write(check_profile(root, options.profile), root)
-    print(f"figures/{options.profile}/README.md shows them")
+    folder = reference.redraw(repo_root(), options.profile, options.figure, options.style,
+                              options.source, options.out)
+    print(f"figures are in {os.path.relpath(folder)}")
+
+
+def publish(options) -> None:
+    """Make a profile's finished run the reference in figures/<profile>/."""
+    from cai_utils.figures import reference
+
+    folder = reference.publish(repo_root(), options.profile)
+    print(f"{os.path.relpath(folder)} holds the new reference")
 
 
 # Subcommand -> what adds its arguments; each has --profile. Its help is its docstring.
-COMMANDS = {run: run_arguments, gallery: no_arguments}
+COMMANDS = {run: run_arguments, redraw: redraw_arguments, publish: lambda command: None}
 
 
 def main(arguments: list[str] | None = None) -> None:

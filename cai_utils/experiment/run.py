@@ -5,7 +5,7 @@ In a notebook, after its parameters cell::
     run = experiment.start("04_revision_iterations", globals())
     chains = run.rows("chains_s", lambda: critique.revise(...), size="s", seed=seed)
     table = run.table(scores, "fig05_revisions")
-    run.figure(plots.fig05_revisions(run.read_table("fig05_revisions")), "fig05_revisions")
+    run.figure(draw("fig05_revisions", run.dir / "results"), "fig05_revisions")
     run.finish()
 
 In the batch: ``python -m cai_utils run 04_revision_iterations --profile miniature seed=1``.
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from cai_utils.experiment import fingerprint, provenance
-from cai_utils.experiment.files import atomic, read_json, repo_root, write_json
+from cai_utils.experiment.files import atomic, read_json, repo_root, save_figure, write_json
 from cai_utils.experiment.params import check_profile, check_sizes, from_namespace
 
 
@@ -145,16 +145,8 @@ class Run:
         return pandas.read_csv(path)
 
     def figure(self, figure, name: str) -> Path:
-        """Write runs/<profile>/figures/<name>.png (200 dpi) and .pdf; the path of the PNG.
-
-        No date and no program name inside: the same table gives the same bytes.
-        """
-        folder = self.dir / "figures"
-        pdf = {"CreationDate": None, "Creator": None, "Producer": None}
-        for suffix, metadata in (("pdf", pdf), ("png", {"Software": None})):
-            with atomic(folder / f"{name}.{suffix}") as temporary:
-                figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata=metadata)
-        return folder / f"{name}.png"
+        """Write runs/<profile>/figures/<name>.png (200 dpi) and .pdf; the path of the PNG."""
+        return save_figure(figure, self.dir / "figures", name)
 
     def trained(self, name: str, size: str, make, **key) -> Path:
         """The folder models/<name>/<size>, made by `make(folder) -> metrics` unless it is there

@@ -1,17 +1,9 @@
-"""What all figures share: style, colours, checks of a table, and the parts they are drawn from.
-
-Colours: Okabe and Ito for methods, Tol's muted set for other series, viridis for model sizes; each
-can be told apart with any common colour blindness, and the marker says the same again.
-"""
+"""What figures are made of: checks of a table, axes, lines with their intervals, the legend."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import re
 import textwrap
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -25,115 +17,9 @@ from matplotlib.ticker import (
 )
 from scipy import stats as sps
 
-STYLE = {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 8,
-    "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
-    "legend.fontsize": 7.5, "legend.title_fontsize": 6.5, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
-    "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "xtick.major.width": 0.7, "ytick.major.width": 0.7, "lines.linewidth": 1.3,
-    "lines.markersize": 4.5, "savefig.dpi": 200, "figure.dpi": 150,
-    "pdf.fonttype": 42, "svg.fonttype": "none",
-}
-
-
-# method: colour, marker. The same in every figure.
-METHODS = {
-    "pretrained": ("#000000", "X"),
-    "helpful SFT": ("#56b4e9", "v"),
-    "helpful RLHF": ("#0072b2", "o"),
-    "HH RLHF": ("#e69f00", "s"),
-    "SL-CAI": ("#009e73", "D"),
-    "RL-CAI": ("#d55e00", "^"),
-    "RL-CAI with CoT": ("#cc79a7", "P"),
-}
-
-
-_ALIASES = {"pretrainedlm": "pretrained", "rlcaicot": "RL-CAI with CoT",
-            "rlcaiwcot": "RL-CAI with CoT", "helpful": "helpful RLHF", "helpfulpm": "helpful RLHF",
-            "hh": "HH RLHF", "hhpm": "HH RLHF", "harmless": "SL-CAI", "harmlesspm": "SL-CAI"}
-
-
-# Those that look like a method's come last: one figure may show both.
-OTHER = ["#332288", "#cc6677", "#88ccee", "#882255", "#44aa99", "#ddaa33", "#117733", "#999933",
-         "#aa4499"]
-
-
-_MARKERS = "osD^vPX<>"
-
-
-DASHES = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))]
-
-
-_SIZES = ["xs", "s", "m", "l"]
-
-
-BARS = "bars: 95 % bootstrap intervals over prompts"
-
+from cai_utils.figures import style
 
 ENOUGH = 20  # points of a curve from which a running mean says something
-
-
-def style():
-    """Use the project's style for whatever is drawn from here on (the functions do so anyway)."""
-    mpl.rcParams.update(STYLE)
-
-
-def _key(name):
-    return re.sub("[^a-z0-9]", "", str(name).lower())
-
-
-_KNOWN = {_key(name): name for name in METHODS}
-
-
-def looks(names):
-    """{name: (colour, marker)}: the fixed ones of methods, others in order of appearance."""
-    free, result = itertools.cycle(zip(OTHER, _MARKERS)), {}
-    for name in dict.fromkeys(names):
-        key = _key(name)
-        known = _KNOWN.get(key) or _ALIASES.get(key)
-        result[name] = METHODS[known] if known else next(free)
-    return result
-
-
-def ordered(names):
-    """Methods in the paper's order, then the rest as they come."""
-    names, rank = list(dict.fromkeys(names)), {_key(n): i for i, n in enumerate(METHODS)}
-    return sorted(names, key=lambda n: rank.get(_key(n), len(rank)))
-
-
-def sizes_of(df):
-    """{size: (colour, marker, dashes, label)}, small to large, larger is darker."""
-    names = list(dict.fromkeys(df["size"]))
-    count = df.groupby("size")["parameters"].first() if "parameters" in df else None
-    if count is not None:
-        names.sort(key=lambda s: count[s])
-    elif set(names) <= set(_SIZES):
-        names.sort(key=_SIZES.index)
-    place = {s: _SIZES.index(s) for s in names} if set(names) <= set(_SIZES) else {
-        s: i for i, s in enumerate(names)}
-    span = max(3, len(names) - 1)
-    return {s: (mpl.colormaps["viridis"](0.82 * (1 - place[s] / span)), _MARKERS[place[s] % 9],
-                DASHES[place[s] % 4],
-                f"{s} ({_count(count[s])})" if count is not None else str(s)) for s in names}
-
-
-def _count(n):
-    """Parameters as people write them: 101376 -> 0.1M, 52e9 -> 52B."""
-    scale, unit = (1e9, "B") if n >= 1e9 else (1e6, "M") if n >= 5e4 else (1, "")
-    return f"{n / scale:.2g}{unit}" if n / scale < 100 else f"{n / scale:.0f}{unit}"
-
-
-def figure(draw):
-    """Draw in the project's style, lay out while that style holds, and close in pyplot."""
-    @functools.wraps(draw)
-    def wrapped(*args, **kwargs):
-        with mpl.rc_context(STYLE):
-            fig = draw(*args, **kwargs)
-            fig.draw_without_rendering()  # ticks are made when first drawn
-        plt.close(fig)
-        return fig
-    return wrapped
 
 
 def check(df, figure, numbers, names=(), key=(), intervals=("ci_low", "ci_high")):
@@ -183,9 +69,12 @@ def rename(df, figure, column, known):
     return df.assign(**{column: df[column].map(known)})
 
 
-def grid(rows, cols, height=2.3, **kw):
-    """Figure and (rows, cols) axes: one column of a page wide, or a page for several panels."""
-    width = 3.4 if cols < 3 else 2.4
+def grid(rows, cols, height=2.3, width=None, **kw):
+    """Figure and (rows, cols) axes: one column of a page wide, or a page for several panels.
+
+    height, width: inches of a panel.
+    """
+    width = width or (3.4 if cols < 3 else 2.4)
     fig, axes = plt.subplots(rows, cols, figsize=(width * cols, height * rows + 0.5),
                              squeeze=False, layout="constrained", **kw)
     fig.get_layout_engine().set(w_pad=0.05, h_pad=0.05, wspace=0.03, hspace=0.03)
@@ -227,7 +116,8 @@ def legend(fig, axes, note):
             handles.setdefault(label, handle)
     title = textwrap.fill(note, int(fig.get_figwidth() * 19))
     # as few rows as fit, and these filled evenly
-    for columns in sorted({-(-len(handles) // rows) for rows in range(1, len(handles) + 1)})[::-1]:
+    fitting = {-(-len(handles) // rows) for rows in range(1, len(handles) + 1)} or {1}
+    for columns in sorted(fitting, reverse=True):
         legend = fig.legend(handles.values(), handles.keys(), loc="outside lower center",
                             ncol=columns, title=title, columnspacing=1.2, handlelength=2.2)
         legend.get_title().set(multialignment="center", color="#555555")
@@ -257,7 +147,7 @@ def parameter_axis(ax, counts):
         if not kept or np.log(kept[-1] / c) > room:
             kept.append(c)
     ax.xaxis.set_major_locator(FixedLocator(kept[::-1]))
-    ax.xaxis.set_major_formatter(FixedFormatter([_count(c) for c in kept[::-1]]))
+    ax.xaxis.set_major_formatter(FixedFormatter([style.count_text(c) for c in kept[::-1]]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("Parameters")
 
@@ -280,9 +170,9 @@ def loss_axis(ax):
 def by_size(ax, df, hue, chance=None):
     """Estimate against parameters, one line per value of column `hue`."""
     low, high = _parameter_limits(df["parameters"])
-    names = ordered(df[hue])
+    names = style.ordered(df[hue])
     span = np.log(high / low) * (1 if df["parameters"].nunique() > 1 else 6)  # there is room
-    for i, (name, look) in enumerate(looks(names).items()):
+    for i, (name, look) in enumerate(style.looks(names).items()):
         d = df[df[hue] == name]
         apart = np.exp(dodge(i, len(names), span))
         line(ax, d.assign(parameters=d["parameters"] * apart), "parameters", name, *look)
@@ -297,7 +187,7 @@ def calibration_panel(ax, df, hue):
     """Observed frequency against predicted probability, one line per value of column `hue`."""
     ax.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1.2,
             label="perfect calibration")
-    for name, look in looks(df[hue]).items():
+    for name, look in style.looks(df[hue]).items():
         line(ax, df[df[hue] == name], "mean_p", name, *look)
     ticks = np.arange(0, 1.1, 0.25)
     ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=ticks, yticks=ticks,

@@ -10,29 +10,21 @@ from __future__ import annotations
 
 import itertools
 
-from cai_utils.figures import panels
-from cai_utils.figures.panels import METHODS, looks
+from cai_utils.data.xstest import COMPLIANCE, FULL, PARTIAL
+from cai_utils.figures import panels, style
 
 ELO_AXES = {"helpfulness": "Helpfulness Elo", "harmlessness": "Harmlessness Elo"}
-
-
 PM_AXES = {"harmlessness": "Harmlessness PM score", "helpfulness": "Helpfulness PM score",
            "HH": "HH PM score"}
-
-
 TRUE_AXES = {"harm": "True harm (0 to 4)", "harmlessness": "True harmlessness",
              "helpfulness": "True helpfulness (0 to 4)", "HH": "True HH score",
              "evasive": "Evasive share", "retained": "Harmless content kept"}
-
-
 RL_AXES = {"objective/scores": "PM score", "objective/kl": "KL to the start (nats)",
            "objective/entropy": "Entropy (nats)", "val/response_length": "Response length (tokens)"}
-
-
 EPISODES = "RL training sequences"
 
 
-@panels.figure
+@style.figure
 def fig02_elo_frontier(df, note="crosses: 95 % bootstrap intervals over prompts; "
                                 "lines: checkpoints of RL, the last one large"):
     """Paper Fig. 2. One panel per size; a method with several `step`s is a curve.
@@ -43,7 +35,7 @@ def fig02_elo_frontier(df, note="crosses: 95 % bootstrap intervals over prompts;
     ends = [f"{axis}_{end}" for axis in ELO_AXES for end in ("low", "high")]
     df = panels.check(df, "fig02_elo_frontier", ["step", *ELO_AXES], ["method", "size"],
                       ["method", "size", "step"], ends)
-    sizes, methods = panels.sizes_of(df), looks(panels.ordered(df["method"]))
+    sizes, methods = style.sizes_of(df), style.looks(style.ordered(df["method"]))
     fig, axes = panels.grid(1, len(sizes), height=2.7, sharex=True, sharey=True)
     for (ax, size), (method, (color, marker)) in itertools.product(
             zip(axes[0], sizes), methods.items()):
@@ -64,8 +56,8 @@ def fig02_elo_frontier(df, note="crosses: 95 % bootstrap intervals over prompts;
     return fig
 
 
-@panels.figure
-def fig03_elo_scaling(df, note=panels.BARS):
+@style.figure
+def fig03_elo_scaling(df, note=style.BARS):
     """Paper Fig. 3. Columns: method, size, parameters, axis, estimate (Elo), ci_low, ci_high."""
     name, names = "fig03_elo_scaling", ["method", "size", "axis"]
     df = panels.check(df, name, ["parameters", "estimate"], names, names)
@@ -79,7 +71,7 @@ def fig03_elo_scaling(df, note=panels.BARS):
     return fig
 
 
-@panels.figure
+@style.figure
 def fig04_harm_identification(df, chance=0.5, note="bars: 95 % intervals over conversations"):
     """Paper Fig. 4. Columns: size, parameters, method, estimate (accuracy), ci_low, ci_high."""
     names = ["size", "method"]
@@ -105,8 +97,8 @@ def _measures(df, figure):
     return df.assign(label=label), [row for row in rows if row]
 
 
-@panels.figure
-def fig05_revisions(df, note=panels.BARS):
+@style.figure
+def fig05_revisions(df, note=style.BARS):
     """Paper Fig. 5, with a second row of panels for rows with measured_by = "truth".
 
     Columns: size, parameters, revision, axis (harmlessness, helpfulness, HH), measured_by (PM or
@@ -118,7 +110,7 @@ def fig05_revisions(df, note=panels.BARS):
     df, rows = _measures(df, name)
     if len(rows) == 1 and len(rows[0]) == 4:  # side by side they would be too small to read
         rows = [rows[0][:2], rows[0][2:]]
-    sizes, cols = panels.sizes_of(df), max(map(len, rows))
+    sizes, cols = style.sizes_of(df), max(map(len, rows))
     fig, axes = panels.grid(len(rows), cols)
     span = panels.extent(df["revision"])
     labels = itertools.chain(*(row + [None] * (cols - len(row)) for row in rows))
@@ -136,8 +128,8 @@ def fig05_revisions(df, note=panels.BARS):
     return fig
 
 
-@panels.figure
-def fig07_critique_ablation(df, note=panels.BARS):
+@style.figure
+def fig07_critique_ablation(df, note=style.BARS):
     """Paper Fig. 7: one panel per size, a second row for rows with measured_by = "truth".
 
     Columns: size, parameters, revision, method (critiqued or direct), measured_by (PM or truth),
@@ -151,14 +143,14 @@ def fig07_critique_ablation(df, note=panels.BARS):
                       [*names, "revision"])
     ways = {"critiqued": "critiqued revisions", "direct": "direct revisions"}
     df, rows = _measures(panels.rename(df, name, "method", ways), name)
-    labels, sizes = list(itertools.chain(*rows)), panels.sizes_of(df)
+    labels, sizes = list(itertools.chain(*rows)), style.sizes_of(df)
     fig, axes = panels.grid(len(labels), len(sizes), sharey="row", sharex=True)
     span = panels.extent(df["revision"])
     for (row, label), (col, size) in itertools.product(enumerate(labels), enumerate(sizes)):
         ax = axes[row, col]
         for i, method in enumerate(ways.values()):
             d = df[(df["label"] == label) & (df["size"] == size) & (df["method"] == method)]
-            panels.line(ax, d, "revision", method, panels.OTHER[i], "os"[i], panels.DASHES[i],
+            panels.line(ax, d, "revision", method, style.OTHER[i], "os"[i], style.DASHES[i],
                         panels.dodge(i, 2, span))
         last = row == len(labels) - 1
         panels.whole_axis(ax, "Number of revisions" if last else "", df["revision"])
@@ -169,7 +161,7 @@ def fig07_critique_ablation(df, note=panels.BARS):
 
 def _runs(df):
     """(method, size, label, colour, marker, dashes) of every run there is, in the paper's order."""
-    sizes, methods = panels.sizes_of(df), looks(panels.ordered(df["method"]))
+    sizes, methods = style.sizes_of(df), style.looks(style.ordered(df["method"]))
     alone = len(sizes) == 1
     there = set(zip(df["method"], df["size"]))
     return [(method, size, method if alone else f"{method}, {text}", color, marker,
@@ -178,8 +170,8 @@ def _runs(df):
             for size, (_, _, dashes, text) in sizes.items() if (method, size) in there]
 
 
-@panels.figure
-def fig08_elo_training(df, note=panels.BARS):
+@style.figure
+def fig08_elo_training(df, note=style.BARS):
     """Paper Fig. 8. Columns: method, size, step (RL episodes), axis, estimate (Elo), ci_low,
     ci_high. Colour is the method, dashes the size."""
     name, names = "fig08_elo_training", ["method", "size", "axis"]
@@ -196,7 +188,7 @@ def fig08_elo_training(df, note=panels.BARS):
     return fig
 
 
-@panels.figure
+@style.figure
 def fig09_calibration(df, note="bars: 95 % intervals of the frequency in each bin"):
     """Paper Fig. 9. Columns: labels (their kind), bin, mean_p, estimate (frequency), ci_low,
     ci_high."""
@@ -209,7 +201,7 @@ def fig09_calibration(df, note="bars: 95 % intervals of the frequency in each bi
     return fig
 
 
-@panels.figure
+@style.figure
 def fig12_identify_classify(df, note="bars: 95 % intervals over questions"):
     """Paper Fig. 12, one panel per task. Columns: task (it titles the panel), chance, size,
     parameters, method, estimate (accuracy), ci_low, ci_high."""
@@ -225,7 +217,7 @@ def fig12_identify_classify(df, note="bars: 95 % intervals over questions"):
     return fig
 
 
-@panels.figure
+@style.figure
 def accuracy_by_size(df, calibration=None, chance=0.5,
                      note="bars: 95 % intervals over comparisons"):
     """Accuracy of preference models by size, with their calibration in a last panel.
@@ -254,7 +246,7 @@ def accuracy_by_size(df, calibration=None, chance=0.5,
     return fig
 
 
-@panels.figure
+@style.figure
 def pretraining_curves(df, note=None):
     """Loss of the series while it is pretrained, one panel per split.
 
@@ -265,7 +257,7 @@ def pretraining_curves(df, note=None):
     ends = [column for column in ("ci_low", "ci_high") if column in df]
     df = panels.check(df, "pretraining_curves", ["tokens", "loss"], ["size", "split"],
                       ["size", "split", "tokens"], ends)
-    sizes, splits = panels.sizes_of(df), list(dict.fromkeys(df["split"]))
+    sizes, splits = style.sizes_of(df), list(dict.fromkeys(df["split"]))
     fig, axes = panels.grid(1, len(splits), sharey=True)
     windows = set()
     for (ax, split), (size, (color, _, dashes, text)) in itertools.product(
@@ -283,7 +275,7 @@ def pretraining_curves(df, note=None):
     return fig
 
 
-@panels.figure
+@style.figure
 def rl_curves(df, note=None):
     """RL runs: PM score, KL, entropy and length by episode, from the history of `ppo.train`.
 
@@ -306,8 +298,8 @@ def rl_curves(df, note=None):
     return fig
 
 
-@panels.figure
-def rl_truth(df, note=panels.BARS):
+@style.figure
+def rl_truth(df, note=style.BARS):
     """What the ground truth says along RL training, one panel per axis.
 
     Columns: method, size, step (RL episodes), axis (any text; it labels the panel), estimate,
@@ -329,8 +321,8 @@ def rl_truth(df, note=panels.BARS):
     return fig
 
 
-@panels.figure
-def sl_cai_n(df, note=panels.BARS):
+@style.figure
+def sl_cai_n(df, note=style.BARS):
     """SL-CAI trained on revisions up to the n-th, one panel per axis.
 
     Columns: revision (without such a column: n), axis (any text; it labels the panel), estimate,
@@ -344,10 +336,10 @@ def sl_cai_n(df, note=panels.BARS):
     fig, axes = panels.grid(-(-len(parts) // cols), cols, height=1.9)
     for ax in axes.ravel()[len(parts):]:
         ax.set_axis_off()
-    sizes = panels.sizes_of(df) if "size" in df else {}
+    sizes = style.sizes_of(df) if "size" in df else {}
     for ax, (axis, part) in zip(axes.ravel(), parts):
         if not sizes:
-            panels.line(ax, part, x, "SL-CAI", *METHODS["SL-CAI"])
+            panels.line(ax, part, x, "SL-CAI", *style.METHODS["SL-CAI"])
         for i, (size, (color, marker, _, text)) in enumerate(sizes.items()):
             panels.line(ax, part[part["size"] == size], x, text, color, marker,
                         shift=panels.dodge(i, len(sizes), panels.extent(df[x])))
@@ -357,7 +349,7 @@ def sl_cai_n(df, note=panels.BARS):
     return fig
 
 
-@panels.figure
+@style.figure
 def published_models(df, note="bars: 95 % intervals over prompts; of shares the wider of bootstrap "
                               "and Wilson"):
     """Models side by side, one panel per measure, prompt sets apart.
@@ -367,9 +359,9 @@ def published_models(df, note="bars: 95 % intervals over prompts; of shares the 
     """
     names = ["method", "kind", "measure"]
     df = panels.check(df, "published_models", ["estimate"], names, names)
-    methods, parts = panels.ordered(df["method"]), list(df.groupby("measure", sort=False))
+    methods, parts = style.ordered(df["method"]), list(df.groupby("measure", sort=False))
     fig, axes = panels.grid(1, len(parts), height=2.4, sharey=True)
-    kinds = looks(df["kind"])
+    kinds = style.looks(df["kind"])
     names = {"lamda": "LaMDA", "instructgpt": "InstructGPT", "palms": "PALMS"}
     for (ax, (measure, part)), (i, (kind, (color, marker))) in itertools.product(
             zip(axes[0], parts), enumerate(kinds.items())):
@@ -379,5 +371,36 @@ def published_models(df, note="bars: 95 % intervals over prompts; of shares the 
         ax.plot(d["estimate"], at, marker, color=color, label=f"{names.get(kind, kind)} prompts")
         ax.set(xlabel=str(measure), yticks=range(len(methods)), yticklabels=methods,
                ylim=(len(methods) - 0.5, -0.5))
+    panels.legend(fig, axes, note)
+    return fig
+
+
+@style.figure
+def refusal_confusion(df, note="numbers: answers; colors: their share of the answers that people "
+                               "label so; agreement and its 95 % intervals: refusal_agreement"):
+    """How refusals are read, against human labels: a row of panels per reader, a column per model.
+
+    Columns: read_by, model, human (a label of XSTest), and the number of answers that are read as
+    each of those labels.
+    """
+    import seaborn  # takes a second, so only where it draws
+
+    said = [COMPLIANCE, PARTIAL, FULL]
+    names = ["read_by", "model", "human"]
+    df = panels.check(df, "refusal_confusion", said, names, names, ())
+    readers, models = (list(dict.fromkeys(df[column])) for column in names[:2])
+    fig, axes = panels.grid(len(readers), len(models), 1.7, max(1.6, 3.4 / len(models)),
+                            sharex=True, sharey=True)
+    for (row, reader), (col, model) in itertools.product(enumerate(readers), enumerate(models)):
+        d = df[(df["read_by"] == reader) & (df["model"] == model)].set_index("human")
+        counts = d.reindex(said)[said].fillna(0)
+        seaborn.heatmap(
+            counts.div(counts.sum(axis=1).clip(lower=1), axis=0), annot=counts, fmt=".0f",
+            vmin=0, vmax=1, cmap="Blues", cbar=False, linewidths=1, ax=axes[row, col],
+            xticklabels=["none", "partial", "full"], yticklabels=["none", "partial", "full"])
+        axes[row, col].tick_params(axis="y", labelrotation=0)
+        axes[row, col].set(title=model if row == 0 else None,
+                           xlabel=f"Refusal, says the {reader}",
+                           ylabel="Refusal, say people" if col == 0 else None)
     panels.legend(fig, axes, note)
     return fig

@@ -1,0 +1,136 @@
+"""Every figure from its tables: the one place that says which function draws which tables.
+
+Notebooks draw with `draw`, and so does the command line, so that a run and a redrawing are alike:
+
+    python -m cai_utils redraw --profile miniature [--figure fig05_revisions] [--style my.mplstyle]
+
+A new figure is one function in `plots`, one row in `DRAWINGS` and one entry in `claims.yaml`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from cai_utils.evaluation.samples import panels_of
+from cai_utils.experiment import registry
+from cai_utils.experiment.files import read_json, save_figure
+from cai_utils.figures import plots, style
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """plot: a function of the tables, which are named after the figure unless `tables` says
+    otherwise. measured_by: the only rows of the first table that are drawn; None: all."""
+
+    plot: Callable
+    tables: tuple[str, ...] = ()
+    measured_by: str | None = None
+
+
+def _pm_accuracy(accuracy, calibration):
+    """Accuracy on human comparisons, and calibration of the PMs of the run's own `size`."""
+    human = accuracy[~accuracy["axis"].str.startswith("true ")]
+    size = calibration.attrs.get("size") or calibration["size"].iloc[-1]
+    return plots.accuracy_by_size(human, calibration[calibration["size"] == size])
+
+
+DRAWINGS = {
+    "pretraining_curves": Drawing(plots.pretraining_curves),
+    "fig04_harm_identification": Drawing(plots.fig04_harm_identification),
+    "fig12_identify_classify": Drawing(plots.fig12_identify_classify),
+    "pm_accuracy": Drawing(_pm_accuracy, ("pm_accuracy", "pm_calibration")),
+    "chains_truth": Drawing(plots.fig05_revisions, measured_by="truth"),
+    "fig05_revisions": Drawing(plots.fig05_revisions),
+    "fig07_critique_ablation": Drawing(plots.fig07_critique_ablation),
+    "sl_cai_n": Drawing(plots.sl_cai_n),
+    "fig09_calibration": Drawing(plots.fig09_calibration),
+    "fig02_elo_frontier": Drawing(plots.fig02_elo_frontier),
+    "fig03_elo_scaling": Drawing(plots.fig03_elo_scaling),
+    "fig08_elo_training": Drawing(plots.fig08_elo_training),
+    "refusal_confusion": Drawing(plots.refusal_confusion),
+    "published_models": Drawing(plots.published_models),
+    "published_revisions": Drawing(plots.fig05_revisions, measured_by="PM"),
+}
+# The same for every run of 09_rl: rl_<method>_<size> and rl_truth_<method>_<size>.
+RUNS = {
+    "rl_truth_": Drawing(lambda table: plots.rl_truth(panels_of(table))),
+    "rl_": Drawing(plots.rl_curves),
+}
+_RUN = re.compile(rf"(rl_truth_|rl_)(?:{'|'.join(registry.methods())})_\w+")
+
+
+def drawing(name: str) -> Drawing:
+    """How a figure is drawn; ValueError, with the nearest names, for an unknown one."""
+    run = _RUN.fullmatch(name)
+    if name not in DRAWINGS and not run:
+        near = difflib.get_close_matches(name, DRAWINGS, n=3, cutoff=0.5)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        known = [*DRAWINGS, "rl_<method>_<size>", "rl_truth_<method>_<size>"]
+        raise ValueError(f"unknown figure {name!r}{hint}; known: {', '.join(known)}")
+    return RUNS[run[1]] if run else DRAWINGS[name]
+
+
+def tables_of(name: str) -> tuple[str, ...]:
+    """The names of the tables that a figure is drawn from."""
+    return drawing(name).tables or (name,)
+
+
+def record(folder, table: str) -> dict:
+    """The provenance of a table: in its own file beside a run's results, in provenance.json beside
+    the committed ones. {} where there is none."""
+    folder = Path(folder)
+    own = read_json(folder / f"{table}.provenance.json")
+    return own or read_json(folder / "provenance.json").get(table, {})
+
+
+def _read(folder, table: str) -> pd.DataFrame:
+    path = Path(folder) / f"{table}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, a table that the figure is drawn from")
+    frame = pd.read_csv(path)
+    if "size" in frame:
+        frame["size"] = frame["size"].astype(str)
+    size = record(folder, table).get("params", {}).get("size")
+    frame.attrs["size"] = None if size is None else str(size)
+    return frame
+
+
+def _frames(name: str, folder) -> list[pd.DataFrame]:
+    first, *others = (_read(folder, table) for table in tables_of(name))
+    only = drawing(name).measured_by
+    return [first if only is None else first[first["measured_by"] == only], *others]
+
+
+def draw(name: str, folder):
+    """The matplotlib Figure `name`, from <folder>/<table>.csv and nothing else.
+
+    ValueError for an unknown name or a table that lacks something, FileNotFoundError for a table
+    that is not there.
+    """
+    return drawing(name).plot(*_frames(name, folder))
+
+
+def drawable(folder) -> list[str]:
+    """Names of the figures whose tables are in a folder, with rows to draw."""
+    names = [path.stem for path in sorted(Path(folder).glob("*.csv"))]
+    names = [n for n in names if n in DRAWINGS or _RUN.fullmatch(n)]
+    there = [n for n in names if all((Path(folder) / f"{t}.csv").is_file() for t in tables_of(n))]
+    return [n for n in there if len(_frames(n, folder)[0])]
+
+
+def redraw(tables, folder, names=None, own_style=None) -> list[Path]:
+    """Draw figures from the tables of one folder into another; the paths of the PNGs.
+
+    names: which, None for all that can be drawn. own_style: a .mplstyle file, or the name of a
+    matplotlib style, on top of the project's.
+    """
+    names = drawable(tables) if names is None else names
+    with style.on_top(own_style) if own_style else contextlib.nullcontext() as rc:
+        return [save_figure(draw(name, tables), folder, name, rc) for name in names]
