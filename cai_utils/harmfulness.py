@@ -78,7 +78,7 @@ def train(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, ma
     ids, targets = [], []
     encoded = tokens.encode([r["messages"] for r in rows], tokenizer)
     for row, (prompt, answer) in zip(rows, encoded, strict=True):
-        cut = tokens.shorten(prompt, answer, max_length, tokenizer.bos_token_id)
+        cut = tokens.shorten_prompt(prompt, answer, max_length, tokenizer.bos_token_id)
         if cut is not None:
             ids.append(cut + answer)
             targets.append(float(row["score"]))

@@ -93,7 +93,7 @@ def tokenize(rows, tokenizer, max_length=512):
     out = {"chosen_ids": [], "rejected_ids": [], "p_chosen": [], "weight": []}
     for row, (prompt, chosen), (other, rejected) in zip(rows, *pairs, strict=True):
         longer = max(chosen, rejected, key=len)
-        cut = [tokens.shorten(ids, longer, max_length, tokenizer.bos_token_id)
+        cut = [tokens.shorten_prompt(ids, longer, max_length, tokenizer.bos_token_id)
                for ids in (prompt, other)]
         if None in cut:
             continue
@@ -239,7 +239,7 @@ class Scorer:
                 raise ValueError(f"conversation {i}: a score needs a prompt and an assistant turn")
         ids = []
         for prompt, answer in tokens.encode(talks, self.tokenizer):
-            kept = tokens.shorten(prompt, answer, self.max_length, self.tokenizer.bos_token_id)
+            kept = tokens.shorten_prompt(prompt, answer, self.max_length, self.tokenizer.bos_token_id)
             ids.append(answer[-self.max_length :] if kept is None else kept + answer)
         return self.score_ids(ids)
 

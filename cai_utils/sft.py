@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from cai_utils import dialogue
 from cai_utils.lm import models
-from cai_utils.lm.tokens import _token_ids, encode, shorten
+from cai_utils.lm.tokens import encode, shorten_prompt, text_ids
 from cai_utils.lm.training import (
     Quiet,
     load_for_training,
@@ -92,7 +92,7 @@ def tokenize(rows, tokenizer, max_length=512):
     for i, (prompt, completion) in zip(
         talks, encode([rows[i]["messages"] for i in talks], tokenizer), strict=True
     ):
-        prompt = shorten(prompt, completion, max_length, tokenizer.bos_token_id)
+        prompt = shorten_prompt(prompt, completion, max_length, tokenizer.bos_token_id)
         if prompt is None:
             too_long += 1
             continue
@@ -101,8 +101,8 @@ def tokenize(rows, tokenizer, max_length=512):
         contexts = [rows[i].get("context") or "" for i in texts]
         whole = [c + rows[i]["text"] for i, c in zip(texts, contexts, strict=True)]
         given = [len(ids) if c else 0
-                 for ids, c in zip(_token_ids(contexts, tokenizer), contexts, strict=True)]
-        for i, ids, n in zip(texts, _token_ids(whole, tokenizer), given, strict=True):
+                 for ids, c in zip(text_ids(contexts, tokenizer), contexts, strict=True)]
+        for i, ids, n in zip(texts, text_ids(whole, tokenizer), given, strict=True):
             ids = ids + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
             step = max_length or len(ids)
             labels = [-100] * n + ids[n:]
