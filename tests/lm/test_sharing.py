@@ -1,4 +1,4 @@
-"""Shared prefixes and memory: what is computed once, and how a batch that does not fit is halved."""
+"""Shared prefixes and memory: what is computed once, and batches that do not fit."""
 
 import numpy as np
 import pytest
