@@ -12,7 +12,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from cai_utils import constitution, multiple_choice
 from cai_utils.experiment.files import repo_root
-from cai_utils.lm.engine import evaluating
+from cai_utils.lm import tokens
+from cai_utils.lm.engine import eval_mode
 from cai_utils.lm.sampling import Sampler
 from cai_utils.seeds import uniforms
 
@@ -119,10 +120,10 @@ def own_prompts(sampler, rows):
 
 def ours_cut(sampler, prompts, limits, seed):
     """The engine with a length for every row and no other end: (completions, tokens)."""
-    ids = sampler._encode(prompts)
+    ids = tokens.text_ids(prompts, sampler.tokenizer)
     draws = uniforms(seed, [(r, 0) for r in range(len(ids))], max(limits))
     never = torch.zeros(sampler.engine.vocab_size, dtype=torch.bool, device=sampler.model.device)
-    with evaluating(sampler.model):
+    with eval_mode(sampler.model):
         done, _, _ = sampler.engine.decode(ids, limits, draws, 1.0, 1.0, never, None, None)
     assert [len(row) for row in done] == limits
     return len(prompts), sum(limits)
@@ -264,7 +265,7 @@ def lengths(name, sampler, prompts, ragged, rounds, quick, new):
     )
     out = {"results": [row(name, sampler, "completions/s", ragged),
                        row(f"{name}_same_length", sampler, "tokens/s", even)]}  # fmt: skip
-    width = sum(map(len, sampler._encode(prompts))) / len(prompts)
+    width = sum(map(len, tokens.text_ids(prompts, sampler.tokenizer))) / len(prompts)
     flops, moved = measure.decode_work(sampler.model, len(prompts), width, new)
     seconds = sum(same) / even["ours"]
     most_flops, most_moved = measure.peaks(sampler.model, 0.1 if quick else 1.0)
@@ -282,7 +283,7 @@ def growth(name, sampler, prompts, quick):
     """tokens/s for 32 new tokens, by batch size (64 tokens a prompt) and prompt length (8 rows)."""
     points = [(2, 8)] if quick else [(1, 64), (8, 64), (32, 64), (128, 64), (8, 256), (8, 768)]
     new, out = 4 if quick else 32, []
-    text = sampler._encode(["".join(prompts)])[0]
+    text = tokens.text_ids(["".join(prompts)], sampler.tokenizer)[0]
     text *= 1000 // len(text) + 1
     for rows, prompt in points:
         # No two alike: the engine would compute those once. Lengths are as near as text allows.

@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from cai_utils import dialogue
+from cai_utils.lm import tokens
 from cai_utils.seeds import stable_int
 
 
@@ -311,12 +312,12 @@ def _with_chains(sampler, asked, chains):
     if context is None:
         return texts
     room = context - 8  # a choice is a few tokens
-    for i, ids in enumerate(sampler.tokenizer(texts)["input_ids"]):
+    for i, ids in enumerate(tokens.text_ids(texts, sampler.tokenizer)):
         (text, chain), excess = pairs[i], len(ids) - room
         while excess > 0 and chain:
             chain = " ".join(chain.split(" ")[:-excess])
             texts[i] = joined(text, chain)
-            excess = len(sampler.tokenizer(texts[i])["input_ids"]) - room
+            excess = len(tokens.text_ids([texts[i]], sampler.tokenizer)[0]) - room
     return texts
 
 

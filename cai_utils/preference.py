@@ -1,9 +1,9 @@
 """Preference models (PMs): one score per conversation, trained on comparisons with soft labels.
 
 The loss is that of section 4.1 of the paper: cross-entropy against the feedback model's probability
-that the chosen answer is the better one. A human label is the special case 1. It stands on trl's
-``RewardTrainer``; what is ours is the loss, the tokens (``sft.encode``: those of sampling, ended by
-eos, where the score is read) and batches of like length.
+that the chosen response is the better one. A human label is the special case 1. It stands on trl's
+``RewardTrainer``; ours are the loss, the tokens (``tokens.encode``: those of sampling, ended by
+eos, where the score is read) and batches of similar length.
 
 The scale of scores: sigmoid(score(a) - score(b)) is the probability that a is preferred.
 """
@@ -15,19 +15,11 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from cai_utils import dialogue
-from cai_utils.data.comparisons import balance_table, check, mix
+from cai_utils.data.comparisons import check
 from cai_utils.lm import models, tokens, training
-from cai_utils.lm.models import has_score_head, pad_apart_from_eos
-from cai_utils.lm.tokens import pad
-
-__all__ = [
-    "PreferenceTrainer", "Scorer", "balance_table", "check", "mix",
-    "soft_preference_loss", "tokenize", "train",
-]
 
 
 def soft_preference_loss(chosen, rejected, p):
@@ -41,12 +33,10 @@ def soft_preference_loss(chosen, rejected, p):
     return -(p * F.logsigmoid(d) + (1 - p) * F.logsigmoid(-d))
 
 
-class PreferenceTrainer(training.Quiet, RewardTrainer):
-    """RewardTrainer with the soft loss, on columns chosen_ids, rejected_ids, p_chosen, weight."""
+class PreferenceTrainer(training.LengthBatchedTrainer, RewardTrainer):
+    """RewardTrainer with the soft loss."""
 
-    def _set_signature_columns_if_needed(self):
-        if self._signature_columns is None:
-            self._signature_columns = ["chosen_ids", "rejected_ids", "p_chosen", "weight"]
+    columns = ("chosen_ids", "rejected_ids", "p_chosen", "weight")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
@@ -54,7 +44,7 @@ class PreferenceTrainer(training.Quiet, RewardTrainer):
         chosen, rejected = outputs.logits.squeeze(-1).float().chunk(2)
         p, weight = inputs["p_chosen"], inputs["weight"]
         loss = (weight * soft_preference_loss(chosen, rejected, p)).mean()
-        with torch.no_grad():  # read only when logged: an .item() per step would stall a GPU
+        with torch.no_grad():  # kept as tensors until logged: .item() in each step stalls a GPU
             margin = chosen - rejected
             right = torch.where(margin == 0, 0.5, (margin > 0).float())
             self._metrics["train" if self.model.training else "eval"]["batch"].append(torch.stack([
@@ -72,10 +62,10 @@ class PreferenceTrainer(training.Quiet, RewardTrainer):
         super().log(logs, start_time)
 
 
-def _collate(examples, pad_id, multiple=None):
-    """Rows -> one batch, all chosen sequences first, padded on the right, to a multiple if any."""
+def _collate(examples, pad_id, multiple):
+    """B rows -> a batch of 2 B sequences, the chosen ones first (``tokens.pad``)."""
     ids = [e["chosen_ids"] for e in examples] + [e["rejected_ids"] for e in examples]
-    input_ids, mask = pad(ids, pad_id, multiple)
+    input_ids, mask = tokens.pad(ids, pad_id, multiple)
     return {"input_ids": input_ids, "attention_mask": mask,
             "p_chosen": torch.tensor([e["p_chosen"] for e in examples]),
             "weight": torch.tensor([e["weight"] for e in examples])}
@@ -84,16 +74,16 @@ def _collate(examples, pad_id, multiple=None):
 def tokenize(rows, tokenizer, max_length=512):
     """Checked comparisons -> {chosen_ids, rejected_ids: [[int]], p_chosen, weight: [float]}.
 
-    A pair that is too long loses the beginning of its prompt, the same tokens on both sides; it is
-    left out (printed count) only if an answer alone is too long. Weights are scaled to mean 1.
+    A pair that is too long loses the first tokens of its prompt, the same on both sides; it is left
+    out (their number is printed) only if a response alone is too long. Weights are scaled to mean
+    1. ValueError where no pair is left, or all weights are 0.
     """
-    pairs = []
-    for side in ("chosen", "rejected"):
-        pairs.append(tokens.encode([r["prompt"] + r[side] for r in rows], tokenizer))
+    sides = [tokens.encode([r["prompt"] + r[side] for r in rows], tokenizer)
+             for side in ("chosen", "rejected")]
     out = {"chosen_ids": [], "rejected_ids": [], "p_chosen": [], "weight": []}
-    for row, (prompt, chosen), (other, rejected) in zip(rows, *pairs, strict=True):
+    for row, (prompt, chosen), (other, rejected) in zip(rows, *sides, strict=True):
         longer = max(chosen, rejected, key=len)
-        cut = [tokens.shorten(ids, longer, max_length, tokenizer.bos_token_id)
+        cut = [tokens.shorten_prompt(ids, longer, max_length, tokenizer.bos_token_id)
                for ids in (prompt, other)]
         if None in cut:
             continue
@@ -107,7 +97,7 @@ def tokenize(rows, tokenizer, max_length=512):
               "left out")
     if not kept or sum(out["weight"]) == 0:
         raise ValueError(f"no comparison to train on: max_length={max_length} is too short for "
-                         "every answer, or every weight is 0")
+                         "every response, or every weight is 0")
     mean = sum(out["weight"]) / kept
     out["weight"] = [w / mean for w in out["weight"]]
     return out
@@ -119,75 +109,59 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
           gradient_checkpointing=False, gradient_accumulation=1):
     """Train a PM from any causal LM, or go on from a PM; saved as a HF folder at ``out_dir``.
 
-    comparisons: rows of DESIGN section 5; ``p_chosen`` is the soft target and ``weight`` (see
-    ``mix``) how much a row counts, both 1 if absent. ``lr`` suits models of 0.1 to 10M parameters.
-    ``lora``: as in ``sft.finetune``; the head is trained along, the adapter merged.
-    ``gradient_accumulation``: parts in which a step reads its batch, for less memory. The gradient
-    is the mean over the parts: that of one part, but in an epoch's last step if it is not full.
-    ``centre``: shift the scores so that their mean over the training answers (at most 2,000 of
+    comparisons: rows as in ARCHITECTURE.md, Rows; ``p_chosen`` is the soft target and ``weight``
+    (see ``comparisons.mix``) how much a row counts, both 1 if absent. on_bad: as in
+    ``comparisons.check``. ``lr`` suits models of 0.1 to 10M parameters. ``lora``: as in
+    ``sft.finetune``; the head is trained too, and the adapter merged. ``gradient_accumulation``:
+    passes in which a step reads its batch, for less memory. The gradient is the mean over the
+    passes: that of one pass, except in an epoch's last step if it is not full.
+    ``centre``: shift the scores so that their mean over the training responses (at most 2,000 of
     them) is 0: in the head's bias where it has one, else as ``score_mean`` in config.json, which
-    ``Scorer`` subtracts. ``score_std`` stands beside it for those who want unit variance; it is not
-    applied, since score differences stand for probabilities.
+    ``Scorer`` subtracts. ``score_std`` is written beside it for those who want unit variance; it is
+    not applied, since score differences stand for probabilities.
 
     Returns {"train_loss", "tokens", "pairs", "steps", "seconds", "pairs_per_second", "score_mean",
     "score_std", "log", and, if given, "eval": what ``evaluate(Scorer)`` returns of the trained PM
     (``evaluation.agreement.evaluate`` with its rows, say)}. ValueError on bad rows
-    (``check``) and on a loss that is not finite (nothing is saved then).
+    (``comparisons.check``) and on a loss that is not finite (nothing is saved then).
     """
     start = time.time()
+    settings = dict(epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, schedule=schedule,
+                    warmup=warmup, weight_decay=weight_decay,
+                    gradient_accumulation=gradient_accumulation)
     rows = check(comparisons, on_bad)
-    torch.manual_seed(seed)
-    model, tokenizer = training.load_for_training(spec_or_folder, "score", runs_dir, lora)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{spec_or_folder}: the tokenizer has no eos token, where scores are read")
-    pad_id = pad_apart_from_eos(model, tokenizer)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
-    if not has_score_head(model):
-        # Small, so that training starts from p = 1/2 whatever the body (N+ details of RLHF).
-        torch.nn.init.normal_(model.score.weight, std=1 / (model.score.in_features + 1))
+    model, tokenizer = training.load_score_model(spec_or_folder, seed, runs_dir, lora)
     data = tokenize(rows, tokenizer, max_length)
-    lengths = [max(len(c), len(r)) for c, r in
-               zip(data["chosen_ids"], data["rejected_ids"], strict=True)]
-    models.attend_for_training(model, max(lengths))
-    args = training.training_arguments(
-        RewardConfig, model, out_dir, rows=len(lengths), epochs=epochs, batch_size=batch_size,
-        lr=lr, seed=seed, report_to=report_to, schedule=schedule, warmup=warmup,
-        weight_decay=weight_decay, gradient_checkpointing=gradient_checkpointing,
-        gradient_accumulation=gradient_accumulation, max_length=None,
-    )
-    trainer = PreferenceTrainer(
-        model=model, args=args, train_dataset=Dataset.from_dict(data), processing_class=tokenizer,
-        data_collator=lambda examples: _collate(examples, pad_id, args.pad_to_multiple_of),
+    pairs = list(zip(data["chosen_ids"], data["rejected_ids"], strict=True))
+    trainer, result = training.fit(
+        PreferenceTrainer, RewardConfig, model, tokenizer, data,
+        [max(map(len, pair)) for pair in pairs], out_dir, collate=_collate,
         peft_config=training.lora_config(lora, "SEQ_CLS", modules_to_save=["score"]),
+        report_to=report_to, gradient_checkpointing=gradient_checkpointing, **settings,
     )
-    trainer.lengths = lengths
-    result = training.run(trainer)
-    tokens = sum(map(len, data["chosen_ids"])) + sum(map(len, data["rejected_ids"]))
     metrics = {
         "train_loss": result.training_loss,
-        "tokens": int(tokens * epochs),
-        "pairs": len(lengths),
+        "tokens": int(sum(len(ids) for pair in pairs for ids in pair) * epochs),
+        "pairs": len(pairs),
         "steps": result.global_step,
-        "pairs_per_second": len(lengths) * epochs / result.metrics["train_runtime"],
+        "pairs_per_second": len(pairs) * epochs / result.metrics["train_runtime"],
         "log": trainer.state.log_history[:-1],
     }
-    model = training.merge(trainer, spec_or_folder, "score", lora, runs_dir)
+    model = training.merge_adapter(trainer, spec_or_folder, "score", lora, runs_dir)
     scorer = Scorer(model, tokenizer, max_length=max_length)
     if centre:
         metrics |= _centre(scorer, data, seed)
     if evaluate:
         metrics["eval"] = evaluate(scorer)
     metrics["seconds"] = time.time() - start
-    settings = dict(base=str(spec_or_folder), stage="preference", epochs=epochs, lr=lr, lora=lora,
-                    batch_size=batch_size, max_length=max_length, seed=seed, schedule=schedule,
-                    warmup=warmup, weight_decay=weight_decay,
-                    gradient_accumulation=gradient_accumulation)
-    training.save(trainer, tokenizer, out_dir, {**settings, **metrics})
+    record = dict(base=str(spec_or_folder), stage="preference", **settings, lora=lora,
+                  max_length=max_length)
+    training.save_trained(trainer, tokenizer, out_dir, {**record, **metrics})
     return metrics
 
 
 def _centre(scorer, data, seed, at_most=2000):
-    """Write the centre of the training answers' scores into the model; returns mean and std."""
+    """Write the mean of the training responses' scores into the model; returns mean and std."""
     ids = data["chosen_ids"] + data["rejected_ids"]
     picked = np.random.default_rng(seed).permutation(len(ids))[:at_most]
     scorer.mean = 0.0
@@ -206,22 +180,22 @@ class Scorer:
     """Scores of conversations under a PM: higher is better, sigmoid(a - b) = P(a preferred to b).
 
     ``model``: a folder (or any spec of ``models.load``) that ``train`` wrote, or a live model with
-    its ``tokenizer``. Batches hold sequences of like length, at most ``batch_tokens`` tokens each
+    its ``tokenizer``. Batches hold sequences of similar length, at most ``batch_tokens`` tokens
     with padding. A conversation over ``max_length`` tokens (None: the model's positions) loses the
-    beginning of its prompt. ValueError when the folder holds no PM.
+    first tokens of its prompt. ValueError when the folder holds no PM.
     """
 
     def __init__(self, model, tokenizer=None, *, batch_tokens=16384, max_length=None, runs_dir=None,
                  dtype="float32"):
         if tokenizer is None:
             spec, (model, tokenizer) = model, models.load(model, "score", dtype, runs_dir=runs_dir)
-            if not has_score_head(model):
+            if not models.has_score_head(model):
                 raise ValueError(f"{spec}: a language model, not a preference model; "
                                  "make one of it with preference.train")
         if not hasattr(model, "score"):
             raise ValueError(f"a {type(model).__name__} has no score head: "
                              "load it with models.load(spec, head='score')")
-        self.pad_id = pad_apart_from_eos(model, tokenizer)
+        self.pad_id = models.pad_apart_from_eos(model, tokenizer)
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = min(max_length or 10**9, positions or 10**9)
@@ -230,17 +204,19 @@ class Scorer:
     def score(self, conversations):
         """Conversations (messages, or transcripts) that end in an assistant turn -> (N,) float64.
 
-        The order of the rows does not matter. An empty answer has a score, as a policy under
-        training may give one. ValueError names a conversation without an answer.
+        The order of the rows does not matter. An empty response has a score, since a policy under
+        training may give one. ValueError names a conversation without a response.
         """
-        talks = [dialogue.parse_transcript(c) if isinstance(c, str) else c for c in conversations]
-        for i, talk in enumerate(talks):
-            if len(talk) < 2 or talk[-1].get("role") != "assistant":
+        conversations = [dialogue.parse_transcript(c) if isinstance(c, str) else c
+                         for c in conversations]
+        for i, messages in enumerate(conversations):
+            if len(messages) < 2 or messages[-1].get("role") != "assistant":
                 raise ValueError(f"conversation {i}: a score needs a prompt and an assistant turn")
         ids = []
-        for prompt, answer in tokens.encode(talks, self.tokenizer):
-            kept = tokens.shorten(prompt, answer, self.max_length, self.tokenizer.bos_token_id)
-            ids.append(answer[-self.max_length :] if kept is None else kept + answer)
+        for prompt, response in tokens.encode(conversations, self.tokenizer):
+            kept = tokens.shorten_prompt(prompt, response, self.max_length,
+                                         self.tokenizer.bos_token_id)
+            ids.append(response[-self.max_length :] if kept is None else kept + response)
         return self.score_ids(ids)
 
     @torch.inference_mode()
@@ -254,7 +230,7 @@ class Scorer:
         while start < len(order):
             size = max(1, self.batch_tokens // len(sequences[order[start]]))
             batch = order[start : start + size]
-            ids, mask = pad([sequences[i] for i in batch], self.pad_id)
+            ids, mask = tokens.pad([sequences[i] for i in batch], self.pad_id)
             device = self.model.device
             logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device),
                                 use_cache=False).logits

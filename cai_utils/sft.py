@@ -1,7 +1,7 @@
 """Supervised finetuning: SL-CAI (section 3.1 of the paper), and every helpful assistant before it.
 
-It stands on trl's ``SFTTrainer``. The token sequence is made here and not by trl, because it has to
-be, token for token, what sampling sees and what sampling must produce::
+It stands on trl's ``SFTTrainer``. The token ids are made here and not by trl, because they have to
+be exactly what sampling reads and what sampling must produce::
 
     [bos]  render(prompt, add_generation_prompt=True)  " " + response  eos
            no loss                                     loss
@@ -16,30 +16,19 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from cai_utils import dialogue
-from cai_utils.lm import models
-from cai_utils.lm.tokens import _token_ids, encode, shorten
-from cai_utils.lm.training import (
-    Quiet,
-    load_for_training,
-    lora_config,
-    merge,
-    run,
-    save,
-    training_arguments,
-)
+from cai_utils.lm import tokens, training
 
 
 def sl_cai_rows(chains, helpful, n, up_to=True) -> list[dict]:
     """What SL-CAI-n is finetuned on (paper 3.2): SFT rows {"messages"}.
 
-    chains: rows of `critique.revise`; with `up_to` every revision 1..n of a chain counts, else the
-    n-th alone. helpful: samples of the helpful assistant on helpful prompts, so that it stays one.
-    Responses that are empty are left out, equal ones of a chain count once. ValueError where chains
-    are shorter than n.
+    chains: rows of ``critique.revise``; with ``up_to`` all revisions 1..n of a chain are used, else
+    the n-th alone. helpful: samples of the helpful assistant on helpful prompts, which keep the
+    model helpful. Empty responses are left out, equal ones of a chain are used once. ValueError
+    where chains are shorter than n.
     """
     out = []
     for i, chain in enumerate(chains):
@@ -53,8 +42,8 @@ def sl_cai_rows(chains, helpful, n, up_to=True) -> list[dict]:
 
 
 def with_pretraining(rows, texts, share, seed=0) -> list[dict]:
-    """SFT rows, and pretraining rows ({"text"}, perhaps with the "context" before it), so many that
-    they are `share` of the whole."""
+    """SFT rows, followed by so many randomly drawn pretraining rows ({"text"}, or {"context",
+    "text"}) that these are the fraction ``share`` of all rows."""
     n = min(len(texts), round(len(rows) * share / (1 - share)))
     order = np.random.default_rng(seed).permutation(len(texts))[:n]
     return [*rows, *(texts[i] for i in sorted(order))]
@@ -63,16 +52,16 @@ def with_pretraining(rows, texts, share, seed=0) -> list[dict]:
 def tokenize(rows, tokenizer, max_length=512):
     """SFT rows -> {"input_ids": [[int]], "labels": [[int]]}, what ``SFTTrainer`` trains on.
 
-    ``{"messages": [...]}``: labels are -100 but on the last assistant turn and its eos; a long
-    prompt loses its beginning. ``{"text": str}``: pretraining text, loss on every token, cut into
-    pieces of ``max_length``; with ``"context": str`` before it, the loss is on the text alone.
-    ValueError names a row that is neither, or has an empty answer.
+    ``{"messages": [...]}``: labels are -100 except on the last assistant turn and its eos; a
+    long prompt loses its first tokens. ``{"text": str}``: pretraining text, loss on every token, cut
+    into pieces of ``max_length``; with ``"context": str`` before it, the loss is on the text alone.
+    ValueError names a row that is neither, or has an empty response.
     """
     if not rows:
         raise ValueError("no rows to finetune on: give at least one {'messages': [...]} row")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos token: set one, or responses never end")
-    talks, texts = [], []
+    conversations, texts = [], []
     for i, row in enumerate(rows):
         if row.get("messages"):
             last = row["messages"][-1]
@@ -83,37 +72,45 @@ def tokenize(rows, tokenizer, max_length=512):
                 )
             if len(row["messages"]) < 2:
                 raise ValueError(f"SFT row {i}: no prompt before the assistant turn")
-            talks.append(i)
+            conversations.append(i)
         elif isinstance(row.get("text"), str) and row["text"].strip():
             texts.append(i)
         else:
             raise ValueError(f"SFT row {i}: needs 'messages' or 'text', has {sorted(row)}")
-    encoded, too_long = {}, 0
-    for i, (prompt, completion) in zip(
-        talks, encode([rows[i]["messages"] for i in talks], tokenizer), strict=True
-    ):
-        prompt = shorten(prompt, completion, max_length, tokenizer.bos_token_id)
+    found, too_long = {}, 0  # row -> [(ids, labels)]
+    encoded = tokens.encode([rows[i]["messages"] for i in conversations], tokenizer)
+    for i, (prompt, response) in zip(conversations, encoded, strict=True):
+        prompt = tokens.shorten_prompt(prompt, response, max_length, tokenizer.bos_token_id)
         if prompt is None:
             too_long += 1
-            continue
-        encoded[i] = [(prompt + completion, [-100] * len(prompt) + completion)]
-    if texts:
-        contexts = [rows[i].get("context") or "" for i in texts]
-        whole = [c + rows[i]["text"] for i, c in zip(texts, contexts, strict=True)]
-        given = [len(ids) if c else 0
-                 for ids, c in zip(_token_ids(contexts, tokenizer), contexts, strict=True)]
-        for i, ids, n in zip(texts, _token_ids(whole, tokenizer), given, strict=True):
-            ids = ids + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
-            step = max_length or len(ids)
-            labels = [-100] * n + ids[n:]
-            pieces = [(ids[j : j + step], labels[j : j + step]) for j in range(0, len(ids), step)]
-            encoded[i] = [(a, b) for a, b in pieces if len(a) > 1 and any(x >= 0 for x in b)]
+        else:
+            found[i] = [(prompt + response, [-100] * len(prompt) + response)]
     if too_long:
-        print(f"sft: {too_long} of {len(talks)} responses exceed {max_length} tokens: left out")
-    pairs = [pair for i in sorted(encoded) for pair in encoded[i]]
+        print(f"sft: {too_long} of {len(conversations)} responses exceed {max_length} tokens: "
+              "left out")
+    for i, pieces in zip(texts, _pieces([rows[i] for i in texts], tokenizer, max_length),
+                         strict=True):
+        found[i] = pieces
+    pairs = [pair for i in sorted(found) for pair in found[i]]
     if not pairs:
         raise ValueError(f"no SFT row fits max_length={max_length} tokens: raise it")
     return {"input_ids": [ids for ids, _ in pairs], "labels": [labels for _, labels in pairs]}
+
+
+def _pieces(rows, tokenizer, max_length):
+    """Pretraining rows -> for each a list of (ids, labels), one per piece that has a loss."""
+    contexts = [row.get("context") or "" for row in rows]
+    whole = [context + row["text"] for context, row in zip(contexts, rows, strict=True)]
+    masked = [len(ids) if context else 0
+              for ids, context in zip(tokens.text_ids(contexts, tokenizer), contexts, strict=True)]
+    out = []
+    for ids, n in zip(tokens.text_ids(whole, tokenizer), masked, strict=True):
+        ids = ids + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
+        step = max_length or len(ids)
+        labels = [-100] * n + ids[n:]
+        pieces = [(ids[j : j + step], labels[j : j + step]) for j in range(0, len(ids), step)]
+        out.append([(a, b) for a, b in pieces if len(a) > 1 and any(x >= 0 for x in b)])
+    return out
 
 
 def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, max_length=512,
@@ -124,9 +121,9 @@ def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4,
     rows: as in ``tokenize``. ``lr`` suits models of 0.1 to 10M parameters (larger ones: 1e-5 to
     5e-5). ``lora``: keyword arguments of ``peft.LoraConfig``; the adapter is merged before saving.
     With ``"quantize": "4bit"`` (or ``"8bit"``) among them it is QLoRA: as in ``models.load``.
-    ``schedule``: "cosine", "linear" or "constant_with_warmup"; ``warmup``: share of the steps.
-    ``gradient_accumulation``: parts in which a step reads its batch, for less memory; the rows of a
-    step and their gradient stay those of one part.
+    ``schedule``: "cosine", "linear" or "constant_with_warmup"; ``warmup``: fraction of the steps.
+    ``gradient_accumulation``: passes in which a step reads its batch, for less memory; the rows of
+    a step and their gradient are those of one pass.
 
     Returns {"train_loss": nats per trained token, mean over the steps, "tokens": tokens read
     without padding, "loss_tokens": those with a loss, "steps", "rows", "seconds",
@@ -134,43 +131,37 @@ def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4,
     that is not finite (nothing is saved then).
     """
     start = time.time()
-    model, tokenizer = load_for_training(spec_or_folder, "lm", runs_dir, lora)
+    settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, schedule=schedule,
+                    warmup=warmup, weight_decay=weight_decay,
+                    gradient_accumulation=gradient_accumulation)
+    model, tokenizer = training.load_for_training(spec_or_folder, "lm", runs_dir, lora)
     data = tokenize(rows, tokenizer, max_length)
     lengths = [len(ids) for ids in data["input_ids"]]
-    models.attend_for_training(model, max(lengths))
-    args = training_arguments(
-        SFTConfig, model, out_dir, rows=len(lengths), epochs=epochs, batch_size=batch_size, lr=lr,
-        seed=seed, report_to=report_to, schedule=schedule, warmup=warmup, weight_decay=weight_decay,
-        gradient_checkpointing=gradient_checkpointing, gradient_accumulation=gradient_accumulation,
-        max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+    trainer, result = training.fit(
+        _Trainer, SFTConfig, model, tokenizer, data, lengths, out_dir,
+        peft_config=training.lora_config(lora, "CAUSAL_LM"),
+        report_to=report_to, gradient_checkpointing=gradient_checkpointing,
+        dataset_kwargs={"skip_prepare_dataset": True}, **settings,
     )
-    trainer = _Trainer(
-        model=model, args=args, train_dataset=Dataset.from_dict(data), processing_class=tokenizer,
-        peft_config=lora_config(lora, "CAUSAL_LM"),
-    )
-    trainer.lengths = lengths
-    result = run(trainer)
-    merge(trainer, spec_or_folder, "lm", lora, runs_dir)
-    tokens = int(sum(lengths) * epochs)
+    training.merge_adapter(trainer, spec_or_folder, "lm", lora, runs_dir)
+    n_tokens = int(sum(lengths) * epochs)
     metrics = {
         "train_loss": result.training_loss,
-        "tokens": tokens,
+        "tokens": n_tokens,
         "loss_tokens": int(sum(t != -100 for row in data["labels"] for t in row[1:]) * epochs),
         "steps": result.global_step,
         "rows": len(lengths),
         "seconds": time.time() - start,
-        "tokens_per_second": tokens / result.metrics["train_runtime"],
+        "tokens_per_second": n_tokens / result.metrics["train_runtime"],
         "log": trainer.state.log_history[:-1],
     }
-    settings = dict(base=str(spec_or_folder), stage="sft", epochs=epochs, batch_size=batch_size,
-                    lr=lr, max_length=max_length, seed=seed, lora=lora, schedule=schedule,
-                    warmup=warmup, weight_decay=weight_decay,
-                    gradient_accumulation=gradient_accumulation)
-    save(trainer, tokenizer, out_dir, {**settings, **metrics})
+    record = dict(base=str(spec_or_folder), stage="sft", **settings, lora=lora,
+                  max_length=max_length)
+    training.save_trained(trainer, tokenizer, out_dir, {**record, **metrics})
     return metrics
 
 
-class _Trainer(Quiet, SFTTrainer):
+class _Trainer(training.LengthBatchedTrainer, SFTTrainer):
     pass
 
 

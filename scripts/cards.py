@@ -15,6 +15,7 @@ from pathlib import Path
 from cai_utils.dialogue import render
 from cai_utils.experiment.files import read_json, read_rows
 from cai_utils.experiment.fingerprint import file_digest
+from cai_utils.lm import tokens
 
 KINDS = {  # fields that tell kinds of rows apart -> what they are
     ("chosen", "rejected"): "comparisons: which of two answers is preferred, with p_chosen",
@@ -60,15 +61,6 @@ chat([{"role": "user", "content": "..."}], max_new_tokens=128)
 Conversations are rendered by the tokenizer's chat template."""
 
 
-def special_tokens(text, tokenizer) -> tuple[bool, bool]:
-    """Whether a tokenizer may add its special tokens to a rendered text (not where the template has
-    written the bos), and whether it then closes the text with an eos of its own."""
-    bos = tokenizer.bos_token
-    if bos and text.startswith(bos):
-        return False, False
-    return True, tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
-
-
 def use_scores(config, tokenizer, stage=None) -> str:
     """How a score model is used: code for a text-classification pipeline, and what its score means.
 
@@ -76,7 +68,8 @@ def use_scores(config, tokenizer, stage=None) -> str:
     preference).
     """
     text = render([{"role": "user", "content": "x"}], tokenizer)
-    adds, closes = special_tokens(text, tokenizer)
+    adds = tokens.adds_special_tokens(text, tokenizer)
+    closes = adds and tokens.closes_texts(tokenizer)
     special = "" if adds else ", add_special_tokens=False"
     ending = "" if closes else " + eos"
     mean = f"{config.get('score_mean', 0.0):.6g}"

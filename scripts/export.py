@@ -21,6 +21,7 @@ from pathlib import Path
 
 from cai_utils.dialogue import TEMPLATE, render
 from cai_utils.experiment.files import read_json, read_rows, write_json, write_rows
+from cai_utils.lm import tokens
 from scripts import cards
 
 PAPER = "Bai et al. 2022, Constitutional AI (arXiv 2212.08073)"
@@ -111,7 +112,7 @@ def scored_text(conversation, tokenizer) -> str:
     (left to tokenizers that write it themselves). Where the text begins with bos, the pipeline
     needs ``add_special_tokens=False``. ValueError as in ``dialogue.transcript``."""
     text = render(conversation, tokenizer, add_generation_prompt=False).rstrip()
-    _, closes = cards.special_tokens(text, tokenizer)
+    closes = tokens.adds_special_tokens(text, tokenizer) and tokens.closes_texts(tokenizer)
     return text.removesuffix(tokenizer.eos_token) + ("" if closes else tokenizer.eos_token)
 
 

@@ -26,8 +26,9 @@ def rows(n, seed, noise=0.0):
 
 def test_scores_are_learned_in_their_own_units(tmp_path):
     base = make_model(tmp_path / "base", make_tokenizer())
+    evaluate = partial(harm_scores.evaluate, rows=rows(200, 1))
     metrics = harmfulness.train(base, rows(600, 0, noise=0.3), tmp_path / "out", epochs=3,
-                             batch_size=16, lr=3e-3, evaluate=partial(harm_scores.evaluate, rows=rows(200, 1)))
+                                batch_size=16, lr=3e-3, evaluate=evaluate)
     assert metrics["eval"]["error"] < 0.25 and metrics["eval"]["correlation"] > 0.95
     again = harm_scores.evaluate(preference.Scorer(tmp_path / "out"), rows(200, 1))
     assert again["error"] == pytest.approx(metrics["eval"]["error"], abs=1e-4)
@@ -54,6 +55,6 @@ def test_the_loss_is_half_the_squared_error():
     ({"messages": say("a", "b"), "score": None}, "row 1: 'score'"),
     ({"messages": say("a", "b"), "score": float("nan")}, "row 1: 'score'"),
 ])
-def test_a_rotten_row_is_named(row, reason):
+def test_a_malformed_row_is_named(row, reason):
     with pytest.raises(ValueError, match=reason):
         harmfulness.check([{"messages": say("a", "b"), "score": 1.0}, row])

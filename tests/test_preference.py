@@ -96,8 +96,9 @@ def pm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pm")
     tokenizer = make_tokenizer()
     base = make_model(folder / "base", tokenizer)
+    evaluate = partial(agreement.evaluate, rows=labelled(200, 1, soft=True))
     metrics = preference.train(base, labelled(600, 0, soft=True), folder / "out", epochs=3,
-                               batch_size=16, lr=3e-3, evaluate=partial(agreement.evaluate, rows=labelled(200, 1, soft=True)))
+                               batch_size=16, lr=3e-3, evaluate=evaluate)
     return folder / "out", metrics, tokenizer
 
 
@@ -271,7 +272,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("row, reason", BAD)
-def test_a_rotten_row_is_named_or_skipped_with_a_count(row, reason, capsys):
+def test_a_malformed_row_is_named_or_skipped_with_a_count(row, reason, capsys):
     fine = comparison("a", "good", "bad")
     with pytest.raises(ValueError, match=f"row 1: .*{reason}"):
         comparisons.check([fine, row])

@@ -38,7 +38,7 @@ from cai_utils import dialogue
 from cai_utils.data import xstest
 from cai_utils.data.xstest import LABELS
 from cai_utils.evaluation import refusal_rule
-from cai_utils.lm import models
+from cai_utils.lm import models, tokens
 
 DEPTH = 8 / 15  # of the layers; 16 of SmolLM2-135M's 30
 
@@ -90,7 +90,7 @@ class Reader:
         encoded = []
         for row in rows:
             head = dialogue.transcript(row["prompt"], add_generation_prompt=True)
-            head = self.tokenizer(head)["input_ids"]
+            head = tokens.text_ids([head], self.tokenizer)[0]
             body = self.tokenizer(f" {row['response'].strip() or '.'}",
                                   add_special_tokens=False)["input_ids"][:OPENING]
             encoded.append((tuple(head[-(room - len(body)):]), tuple(body)))

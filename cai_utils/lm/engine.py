@@ -1,13 +1,13 @@
-"""One batch of token ids -> token ids: the loop under ``sampling.py``.
+"""Prefill, decoding and scoring of one batch of token ids, for ``sampling.py``.
 
 Everything here works on prompts as lists of ids. A batch is padded on the left, so that its newest
 tokens share a column of the key/value cache, which is allocated once per batch (a large one on a
 CPU: a few columns ahead, see ``kvcache.room``).
 
-A beginning that many prompts of a call share (few-shot examples) is computed once, and its keys
-and values are copied into the rows before their own tokens are computed. It needs no special mask:
-every row feeds its last tokens, as many as the longest row has behind the shared ones, so rows stay
-padded on the left alone. A shorter row computes some shared tokens again where it would compute
+A prefix that many prompts of a call share (few-shot examples) is computed once, and its keys and
+values are copied into the rows before the rest of each prompt is computed. This needs no special
+mask: every row feeds its last tokens, as many as the longest row has behind the prefix, so rows are
+padded on the left only. A shorter row recomputes some tokens of the prefix where it would compute
 padding.
 """
 
@@ -22,23 +22,15 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from cai_utils.lm.kvcache import Layer, bytes_per_token, memory_budget, room, shared_beginnings
+from cai_utils.lm.kvcache import Layer, bytes_per_token, memory_budget, room, shared_prefixes
 from cai_utils.lm.models import check_causal
 
 # Architectures whose attention takes a ready-made additive mask in every layer. It is built once
 # per batch instead of in every step; all others get the usual 0/1 mask.
 _MASK_ONCE = {"llama", "gpt_neox", "gpt2", "qwen2", "qwen3", "olmo2", "smollm3"}
-
-
-_COMPACT_BELOW = 0.8  # live share of a batch under which the finished rows are dropped
-
-
+_COMPACT_BELOW = 0.8  # fraction of unfinished rows below which the finished ones are dropped
 _SDPA_FROM = 192  # tokens
-
-
-_PREFILL_TOKENS = 2048  # on a CPU: activations that stay near the caches
-
-
+_PREFILL_TOKENS = 2048  # tokens prefilled at once on a CPU, so that activations stay in its caches
 SCORE_ELEMENTS = 2**25  # attention scores or logits held at once
 
 
@@ -64,6 +56,7 @@ class Engine:
         self.context = getattr(config, "max_position_embeddings", None)
         self._token_bytes = bytes_per_token(model, config)
         self.batch_tokens = batch_tokens or memory_budget(model.device, self._token_bytes)
+        # Of this call's prompts: {ids: tokens of its shared prefix}, {prefix: its cache}.
         self._shared, self._prefixes = {}, OrderedDict()
         self._mask_once = (
             config.model_type in _MASK_ONCE
@@ -78,9 +71,10 @@ class Engine:
         """Samples one continuation of each of B prompts, up to ``limits[b]`` tokens.
 
         uniforms: (B, max limit) in [0, 1), None at temperature 0. ends: (V,) bool, tokens that end
-        a row. may_stop: (V,) bool or None, tokens after which ``cut(ids)`` is asked for the text up
-        to a stop string (None: there is none yet).
-        Returns a list of ids and one of log-probabilities per row, and {row: text} of those cut.
+        a row. may_stop: (V,) bool or None, tokens that may complete a stop string; after one of
+        them ``cut(ids)`` returns the text up to the stop string, or None where there is none.
+        Returns the ids and the log-probabilities (nats) of each row, B lists each, and {row: text}
+        of the rows that were cut. ValueError for logits that are not finite.
         """
         rows, steps, width = len(prompts), max(limits), max(map(len, prompts))
         ahead = room(steps, rows * (width + steps) * self._token_bytes, self.model.device)
@@ -93,29 +87,29 @@ class Engine:
         tokens = torch.zeros(rows, steps, dtype=torch.long, device=device)
         logprobs = torch.zeros(rows, steps, device=device)
         lengths, cuts = limits.clone(), {}
-        live = torch.arange(rows, device=device)
-        open_ = torch.ones(rows, dtype=torch.bool, device=device)
+        live = torch.arange(rows, device=device)  # rows still in the batch
+        unfinished = torch.ones(rows, dtype=torch.bool, device=device)  # of those
         for t in range(steps):
             u = None if uniforms is None else uniforms[live, t]
             token, logprob = _pick(logits, temperature, top_p, u)
             tokens[live, t], logprobs[live, t] = token, logprob
             ended = ends[token] | (t + 1 >= limits[live])
             if may_stop is not None:
-                for b in (may_stop[token] & open_ & ~ends[token]).nonzero()[:, 0].tolist():
+                for b in (may_stop[token] & unfinished & ~ends[token]).nonzero()[:, 0].tolist():
                     text = cut(tokens[live[b], : t + 1].tolist())
                     if text is not None:
                         cuts[live[b].item()] = text
                         ended[b] = True
-            ended &= open_
+            ended &= unfinished
             lengths[live[ended]] = t + 1
-            open_ &= ~ended
-            n_open = int(open_.sum())
-            if n_open == 0:
+            unfinished &= ~ended
+            n_unfinished = int(unfinished.sum())
+            if n_unfinished == 0:
                 break
-            if n_open < _COMPACT_BELOW * len(live):
-                keep = open_.nonzero()[:, 0]
+            if n_unfinished < _COMPACT_BELOW * len(live):
+                keep = unfinished.nonzero()[:, 0]
                 live, pad, mask, token = live[keep], pad[keep], mask[keep], token[keep]
-                open_ = open_[keep]
+                unfinished = unfinished[keep]
                 for layer in cache.layers:
                     layer.select(keep)
             position = self._within((width + t - pad)[:, None])
@@ -129,9 +123,10 @@ class Engine:
         return ids, [row[:k] for row, k in zip(logprobs.tolist(), lengths, strict=True)], cuts
 
     @contextlib.contextmanager
-    def sharing(self, prompts):
-        """Inside, beginnings that these prompts share are computed once, where that pays."""
-        for shared, group in shared_beginnings(list(dict.fromkeys(map(tuple, prompts)))):
+    def sharing_prefixes(self, prompts):
+        """A context in which prefixes that these prompts share are computed once, where that
+        pays."""
+        for shared, group in shared_prefixes(list(dict.fromkeys(map(tuple, prompts)))):
             self._shared.update(dict.fromkeys(group, shared))
         try:
             yield
@@ -140,7 +135,11 @@ class Engine:
             self._prefixes.clear()
 
     def score(self, prompts, sequences):
-        """Summed log-probabilities: one float64 array of C per prompt."""
+        """Summed log-probabilities (nats) of C continuations of each of B prompts.
+
+        sequences: B lists of C lists of ids (C may differ between prompts). Returns B float64
+        arrays (C,). ValueError for logits that are not finite.
+        """
         flat = [ids for row in sequences for ids in row]
         owner = [i for i, row in enumerate(sequences) for _ in row]
         fed = max(map(len, flat)) - 1
@@ -174,19 +173,19 @@ class Engine:
             rows.setdefault(tuple(ids), []).append(b)
         width, parts = max(map(len, rows)), []
 
-        def beginning_of(ids):
+        def prefix_of(ids):
             return ids[: self._shared.get(ids, 0)]
 
-        ordered = sorted(rows, key=lambda ids: (beginning_of(ids), -len(ids)))
-        for beginning, members in groupby(ordered, beginning_of):
+        ordered = sorted(rows, key=lambda ids: (prefix_of(ids), -len(ids)))
+        for prefix, members in groupby(ordered, prefix_of):
             group, start = list(members), 0
             while start < len(group):
-                part = group[start : start + self._part_size(len(group[start]), len(beginning))]
+                part = group[start : start + self._part_size(len(group[start]), len(prefix))]
                 start += len(part)
                 where = [b for ids in part for b in rows[ids]]
                 source = [i for i, ids in enumerate(part) for _ in rows[ids]]
                 where, source = (torch.tensor(x, device=device) for x in (where, source))
-                parts.append((where, source, *self._compute(part, beginning)))
+                parts.append((where, source, *self._compute(part, prefix)))
         pad = torch.tensor([width - len(ids) for ids in prompts], device=device)
         logits = parts[0][2].new_empty(len(prompts), parts[0][2].shape[1])
         for where, source, part, _ in parts:
@@ -195,19 +194,20 @@ class Engine:
             return logits, None, pad
         whole = Cache(layers=[Layer() for _ in range(self.n_layers)])
         for i, layer in enumerate(whole.layers):
-            own = [(where, source, cache.layers[i]) for where, source, _, cache in parts]
-            layer.gather(own, len(prompts), width, width + extra)
+            found = [(where, source, cache.layers[i]) for where, source, _, cache in parts]
+            layer.gather(found, len(prompts), width, width + extra)
         return logits, whole, pad
 
     def _part_size(self, longest, shared):
-        """How many prompts are computed at once."""
+        """How many prompts of ``longest`` tokens are prefilled at once, the first ``shared`` tokens
+        being in the cache."""
         tokens = self.batch_tokens if self.model.device.type != "cpu" else _PREFILL_TOKENS
         fed = longest - shared
         return max(1, min(tokens // fed, SCORE_ELEMENTS // (self.n_heads * fed * longest)))
 
-    def _compute(self, prompts, beginning):
-        """Last logits (B, V) and cache of prompts, longest first, that all have this beginning."""
-        shared, longest = len(beginning), len(prompts[0])
+    def _compute(self, prompts, prefix):
+        """Last logits (B, V) and cache of prompts, longest first, that all have this prefix."""
+        shared, longest = len(prefix), len(prompts[0])
         fed = longest - shared
         device = self.model.device
         ids = [(0,) * (fed - len(ids)) + ids[-fed:] for ids in prompts]
@@ -215,10 +215,10 @@ class Engine:
         position = (torch.arange(shared, longest, device=device) - pad[:, None]).clamp(min=0)
         cache = Cache(layers=[Layer() for _ in range(self.n_layers)])
         if shared:
-            # Row b's columns hold the beginning from its padding on; those before it are void.
+            # Row b's columns hold the prefix from its padding on; those before it are masked.
             column = (torch.arange(shared, device=device) - pad[:, None]).clamp(min=0)
-            for layer, done in zip(cache.layers, self._prefix(beginning).layers, strict=True):
-                layer.begin(done, column, longest)
+            for layer, done in zip(cache.layers, self._prefix_cache(prefix).layers, strict=True):
+                layer.start_from(done, column, longest)
         ids, mask = torch.tensor(ids, device=device), self._mask(pad, shared, fed)
         with self._attention_for(longest):
             return self._forward(ids, position, mask, cache, keep=1)[:, -1], cache
@@ -227,43 +227,44 @@ class Engine:
     def _attention_for(self, longest):
         """SDPA for long prompts of a small model on a CPU: eager attention, the faster one for
         short ones, writes all scores to memory (measured: 1.5 to 1.8 times slower from 256 on)."""
-        own = self.model.config._attn_implementation
-        if longest < _SDPA_FROM or own != "eager" or not self._mask_once or not self._has_sdpa:
+        usual = self.model.config._attn_implementation
+        if longest < _SDPA_FROM or usual != "eager" or not self._mask_once or not self._has_sdpa:
             yield
             return
         self.model.set_attn_implementation("sdpa")
         try:
             yield
         finally:
-            self.model.set_attn_implementation(own)
+            self.model.set_attn_implementation(usual)
 
-    def _prefix(self, beginning):
-        """The cache of a shared beginning, kept while the call lasts and memory allows."""
-        cache = self._prefixes.pop(beginning, None)
+    def _prefix_cache(self, prefix):
+        """The cache of a shared prefix, kept while the call lasts and memory allows."""
+        cache = self._prefixes.pop(prefix, None)
         if cache is None:
-            _, cache = self._compute([beginning], ())
-        self._prefixes[beginning] = cache
-        # Batches are ordered by length, so each may meet every beginning: all of them should fit.
+            _, cache = self._compute([prefix], ())
+        self._prefixes[prefix] = cache
+        # Batches are sorted by length, so each may need every prefix: all of them should fit.
         while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > self.batch_tokens:
             self._prefixes.popitem(last=False)
         return cache
 
     def _within(self, position):
-        """Rows that have ended, and the padding after a short choice, would run out of the learned
-        positions; what they compute there is void."""
+        """Positions, at most the last one that the model has: finished rows, and the padding after
+        a short choice, would run beyond; what they compute there is not used."""
         return position if self.context is None else position.clamp(max=self.context - 1)
 
     def _mask(self, pad, past, new):
-        """For ``new`` queries after ``past`` cached columns, the first ``pad`` of a row void:
-        an additive mask (B, 1, new, past + new), or where the model must build it 0/1 (B, ...)."""
+        """The mask of ``new`` queries after ``past`` cached columns, the first ``pad`` of a row
+        being padding: additive (B, 1, new, past + new), or 0/1 (B, past + new) where the model has
+        to build the additive one itself."""
         column = torch.arange(past + new, device=pad.device)
-        void = column < pad[:, None]
+        padding = column < pad[:, None]
         if not self._mask_once:
-            return (~void).long()
+            return (~padding).long()
         later = column > past + torch.arange(new, device=pad.device)[:, None]
         mask = torch.zeros(len(pad), 1, new, past + new, dtype=self.model.dtype, device=pad.device)
         lowest = torch.finfo(mask.dtype).min
-        return mask.masked_fill_(void[:, None, None] | later, lowest)
+        return mask.masked_fill_(padding[:, None, None] | later, lowest)
 
     def _forward(self, ids, position, mask, cache, keep):
         """Logits (B, keep, V) of the last ``keep`` positions."""
@@ -296,7 +297,9 @@ def _pick(logits, temperature, top_p, uniforms):
 
 
 @contextlib.contextmanager
-def evaluating(model):
+def eval_mode(model):
+    """Inside, ``model`` is in eval mode and no gradients are kept; each module that was in train
+    mode goes back to it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

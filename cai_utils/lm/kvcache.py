@@ -1,4 +1,4 @@
-"""What the engine keeps and how much of it fits: keys and values, shared beginnings, memory."""
+"""The engine's key/value cache, which prefixes prompts share, and how much fits into memory."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ import psutil
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-_SHARE_FROM = 256  # tokens that a shared beginning has to save: about what its own pass costs
-
-
-_ROOM = 4  # columns
-
-
-_LARGE = 2**25  # bytes: about a CPU's last cache
-
-
-_SHARE_PART = 1 / 16  # of its prompts' tokens: below it, copying costs what computing would
+_SHARE_FROM = 256  # tokens that a shared prefix has to save: about what its own pass costs
+_SHARE_PART = 1 / 16  # and of its prompts' tokens: below it, copying costs as much as computing
+_ROOM = 4  # columns allocated ahead in a large cache
+_LARGE = 2**25  # bytes: about a CPU's last-level cache
 
 
 class Layer(CacheLayerMixin):
-    """Keys and values of one layer, (rows, heads, columns, head size); a full one grows."""
+    """Keys and values of one layer, (rows, heads, columns, head size); it grows when it is full.
+
+    ``length`` is the number of columns in use, of those that are allocated.
+    """
 
     is_sliding = False
 
@@ -47,8 +44,9 @@ class Layer(CacheLayerMixin):
             new[:, :, :length] = old[:, :, :length]
             setattr(self, name, new)
 
-    def begin(self, prefix, column, capacity):
-        """Starts every row with the columns ``column`` (rows, length) of a prefix of one row."""
+    def start_from(self, prefix, column, capacity):
+        """Fills every row with the columns ``column`` (rows, length) of a prefix's layer, which has
+        one row; ``capacity`` columns are allocated."""
         for name in ("keys", "values"):
             old = getattr(prefix, name)[0]
             new = old.new_empty(len(column), old.shape[0], capacity, old.shape[2])
@@ -58,8 +56,8 @@ class Layer(CacheLayerMixin):
 
     def gather(self, parts, rows, width, capacity):
         """Fills this layer, right-aligned at ``width``, from prefilled ones, which are emptied:
-        parts of (rows here, rows there, layer). The columns to their left are zero, for a masked
-        NaN would still spread."""
+        parts of (rows here, rows there, layer). Columns to the left are set to zero, since a NaN
+        would spread even if it is masked."""
         for name in ("keys", "values"):
             new = None
             for where, source, part in parts:
@@ -74,7 +72,7 @@ class Layer(CacheLayerMixin):
         self.length = width
 
     def select(self, rows):
-        """Keeps these rows."""
+        """Keeps these rows and drops the others."""
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_empty(len(rows), *old.shape[1:])
@@ -94,12 +92,12 @@ class Layer(CacheLayerMixin):
         return -1
 
 
-def shared_beginnings(prompts):
-    """Distinct prompts (tuples of ids) -> [(tokens shared, prompts)] of those that are to share.
+def shared_prefixes(prompts):
+    """Distinct prompts (tuples of ids) -> [(length of the prefix, prompts that share it)].
 
-    Follows the prompts' tree from the root and divides a group at its longest common beginning
-    where the parts together save more tokens than the whole: questions under sixteen principles
-    share sixteen long beginnings rather than a short one. Sharing that does not pay is left out.
+    Walks down the prompts' prefix tree and divides a group at its longest common prefix where the
+    parts together save more tokens than the whole: questions under sixteen principles share sixteen
+    long prefixes rather than one short one. Prompts whose sharing does not pay are left out.
     """
 
     def best(group, depth):
@@ -107,7 +105,7 @@ def shared_beginnings(prompts):
         first, last = group[0], group[-1]
         shared = min(len(first), len(last))
         shared = next((i for i in range(shared) if first[i] != last[i]), shared)
-        # A prompt that is the beginning itself keeps a token of its own to be computed.
+        # A prompt that is the prefix itself keeps its last token, whose logits are needed.
         common = min(shared, len(first) - 1)
         saved = (len(group) - 1) * common - _SHARE_FROM
         if saved <= _SHARE_PART * sum(map(len, group)):
@@ -130,12 +128,12 @@ def shared_beginnings(prompts):
 
 
 def room(steps, size, device):
-    """Columns allocated ahead for ``steps`` more, ``size`` being the cache's bytes in the end.
+    """Columns to allocate ahead for ``steps`` more tokens; ``size``: bytes of the full cache.
 
-    All of them, except for a cache that leaves the caches of a CPU: there a step is bound by the
-    reading of keys and values, which free columns between one head's and the next slow down 2.2
-    times (from four of 128 bytes on, measured: the prefetcher starts anew). Room for four at a
-    time, tuned for columns of that size, costs a copy every four steps.
+    All of them, except where the cache is larger than a CPU's own caches: there a step is bound by
+    reading keys and values, and free columns between one head's and the next make that 2.2 times
+    slower (measured, from four columns of 128 bytes on: the prefetcher starts anew). Four columns
+    at a time cost a copy every four steps.
     """
     large = device.type == "cpu" and size > _LARGE
     return min(steps, _ROOM) if large else steps
@@ -149,8 +147,8 @@ def bytes_per_token(model, config):
 
 
 def memory_budget(device, token_bytes):
-    """Tokens of a batch whose keys and values fill a quarter of the free memory; at most 2**15 on a
-    CPU, whose work larger batches do not speed up, and 2**19 on a GPU."""
+    """Tokens of a batch whose keys and values fill a quarter of the free memory: at most 2**15 on a
+    CPU, where larger batches are no faster, and 2**19 on a GPU."""
     if device.type == "cuda":
         free, most = torch.cuda.mem_get_info(device)[0], 2**19
     else:
@@ -159,7 +157,7 @@ def memory_budget(device, token_bytes):
 
 
 def out_of_memory(error):
-    """Whether an exception says that memory ran out, on a GPU or (with torch's words) a CPU."""
+    """Whether an exception says that memory ran out, on a GPU or, in torch's words, on a CPU."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError)
         and any(s in str(error) for s in ("can't allocate memory", "not enough memory",

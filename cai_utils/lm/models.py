@@ -10,7 +10,7 @@ Specs:
 - anything else is an id on the Hugging Face hub, with ``@REVISION`` behind it where one commit, tag
   or branch is meant (``EleutherAI/pythia-1.4b@step143000``).
 
-``server:URL#model`` is sampled where it is served (``sampling.Sampler.from_spec``), never loaded.
+``server:URL#model`` is sampled where it is served (``backends.from_spec``), never loaded.
 """
 
 from __future__ import annotations

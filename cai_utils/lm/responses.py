@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from cai_utils.experiment import registry
-from cai_utils.lm import models
-from cai_utils.lm.sampling import Sampler
+from cai_utils.lm import backends, models
 
 
 def sample(spec, rows, *, model, size, step=0, n=1, seed=0, temperature=1.0, max_new_tokens=56,
            stop=(), runs_dir=None) -> list[dict]:
     """Samples: `n` responses of a model to each prompt row, in order of the rows.
 
-    spec: a model spec or folder, or a `Sampler`. `finish` says how a response ended.
+    spec: a model spec or folder, or what `backends.from_spec` gave. model, size, step: written into
+    the samples (ARCHITECTURE.md, Rows). `finish` says how a response ended.
     """
-    sampler = spec if hasattr(spec, "generate") else Sampler.from_spec(spec, runs_dir=runs_dir)
-    said = sampler.generate([r["prompt"] for r in rows], n=n, temperature=temperature,
-                            max_new_tokens=max_new_tokens, stop=tuple(stop), seed=seed)
+    sampler = spec if hasattr(spec, "generate") else backends.from_spec(spec, runs_dir=runs_dir)
+    responses = sampler.generate([r["prompt"] for r in rows], n=n, temperature=temperature,
+                                 max_new_tokens=max_new_tokens, stop=tuple(stop), seed=seed)
     return [
         {"id": row["id"], "kind": row.get("kind", "unknown"), "prompt": row["prompt"],
          "response": c.text.strip(), "model": model, "size": size, "step": step,
          "finish": c.finish_reason}
-        for row, completions in zip(rows, said, strict=True) for c in completions
+        for row, completions in zip(rows, responses, strict=True) for c in completions
     ]
 
 

@@ -1,34 +1,36 @@
-"""Sampling completions, and the log-probabilities of choices: the engine under every stage.
+"""Sampling completions, and the log-probabilities of choices, with one local model.
 
-One ``Sampler`` runs any Hugging Face causal LM (Llama-, Qwen-, GPT-NeoX-, GPT-2-like) on CPU or
+A ``Sampler`` runs any Hugging Face causal LM (Llama-, Qwen-, GPT-NeoX-, GPT-2-like) on CPU or
 CUDA. How it works:
 
-- Prompts are ordered by length and cut into batches by tokens, as many as memory has room for. A
-  batch is padded on the left, each distinct prompt is prefilled once, and its keys and values are
-  spread over its samples; a beginning that prompts share is computed once too, where that pays.
-- A batch that memory has no room for is halved, and the work goes on.
-- Decoding writes into a key/value cache that is allocated once per batch, or for a large one
-  on a CPU a few columns ahead. Rows that have finished leave the batch as soon as they make up a
-  fifth of it.
-- Randomness is counted, not drawn: completion ``s`` of input ``r`` owns the uniforms of the Philox
-  stream keyed by (seed, r, s), and each token inverts the model's CDF at the next of them. So the
-  same seed gives the same text whatever the batch size, the order of work or ``n``, up to the
-  numerics of the dtype.
-- Inside a ``Run.rows`` what is finished is kept on disk at once (``longwork.py``).
+- Prompts are sorted by length and cut into batches by tokens, as many as memory has room for. A
+  batch is padded on the left; each distinct prompt is prefilled once, and its keys and values are
+  copied to its samples. A prefix that prompts share is computed once too, where that pays.
+- A batch that does not fit into memory is halved, and the work goes on.
+- Decoding writes into a key/value cache that is allocated once per batch, or for a large one on a
+  CPU a few columns ahead. Finished rows are dropped from the batch once they make up a fifth of it.
+- Sampling uses counter-based random numbers (``seeds.uniforms``): completion ``s`` of input ``r``
+  has the Philox stream keyed by (seed, r, s), and each token inverts the model's CDF at the next
+  number. So the same seed gives the same text whatever the batch size, the order of work or ``n``,
+  up to the numerics of the dtype.
+- Inside a ``Run.rows`` each finished completion is written to disk at once
+  (``experiment/journal.py``).
 
-``Sampler.from_spec`` of a server gives a ``server.Server``, which samples and scores there.
+``backends.from_spec`` gives a ``Sampler`` for a local model, and for a server an object with the
+same two methods.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 
 import numpy as np
 import torch
 
 from cai_utils.experiment import journal
-from cai_utils.lm import models
+from cai_utils.lm import models, tokens
 from cai_utils.lm.completion import (
     Completion,
     check_choices,
@@ -37,7 +39,7 @@ from cai_utils.lm.completion import (
     check_texts,
     render_all,
 )
-from cai_utils.lm.engine import SCORE_ELEMENTS, Engine, evaluating
+from cai_utils.lm.engine import SCORE_ELEMENTS, Engine, eval_mode
 from cai_utils.lm.kvcache import out_of_memory
 from cai_utils.seeds import uniforms
 
@@ -47,7 +49,7 @@ class Sampler:
 
     The model is used live and left as it was found: modules in train mode sample in eval mode and
     go back. ``batch_tokens`` bounds rows x (prompt + new tokens) of one batch; None takes what fits
-    into a quarter of the free memory. ``share_prefixes=False`` computes shared beginnings anew.
+    into a quarter of the free memory. ``share_prefixes=False`` computes every prompt in full.
     ValueError for a model that is not causal or keeps no plain key/value cache.
     """
 
@@ -60,12 +62,7 @@ class Sampler:
 
     @classmethod
     def from_spec(cls, spec, *, batch_tokens=None, **load):
-        """A ``Sampler`` over ``models.load(spec, **load)``, or for ``server:URL#model`` a
-        ``server.Server`` with the same ``generate`` and ``choice_logprobs``."""
-        if str(spec).startswith("server:"):
-            from cai_utils.lm.server import Server
-
-            return Server.from_spec(spec)
+        """A ``Sampler`` over ``models.load(spec, **load)``; errors as there."""
         sampler = cls(*models.load(spec, **load), batch_tokens=batch_tokens)
         where = models.resolve(spec, load.get("runs_dir"))
         sampler.source = [models.fingerprint(where), str(sampler.model.dtype),
@@ -82,8 +79,8 @@ class Sampler:
         temperature: 0 is greedy. top_p: the smallest set of most likely tokens that holds this
         probability is kept. stop: strings (or one) that end a completion; one that is a special
         token of the vocabulary works too. progress: as in ``journal.progress``. rows: N numbers
-        that the random draws of the inputs belong to, instead of 0 to N-1: a part of a batch, its
-        rest sampled by other processes, then draws what it would have drawn in the whole.
+        that key the random draws of the inputs, instead of 0 to N-1: with them, a part of a batch
+        draws what it would draw in the whole, while other processes sample the rest.
         ValueError for an empty list, an empty prompt, a prompt that fills the model's context, a
         stop string that the vocabulary cannot spell, and logits that are not finite. A completion
         that reaches the end of the context is cut there ("length").
@@ -91,7 +88,7 @@ class Sampler:
         check_settings(n, temperature, top_p, max_new_tokens)
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         self._stops(stop)
-        prompts = self._encode(self._texts(inputs))
+        prompts = self._text_ids(self._texts(inputs))
         limits = [max_new_tokens] * len(prompts)
         for r, ids in enumerate(prompts):
             if self.context is not None:
@@ -115,7 +112,7 @@ class Sampler:
             lambda job: ["generate", prompts[job[0]], rows[job[0]], job[1], settings], put,
         )  # fmt: skip
 
-        def fitting(jobs):
+        def next_batch(jobs):
             width = len(prompts[jobs[0][0]]) + max_new_tokens
             size = min(self.engine.batch_tokens // width, self._most_rows())
             return jobs[: max(1, size)], width
@@ -131,7 +128,7 @@ class Sampler:
             keep(batch, [(c.text, c.token_ids, c.logprobs, c.finish_reason) for c in done])
 
         with journal.progress(len(jobs), "completion", progress, len(jobs) - len(left)) as bar:
-            self._work(left, fitting, sample, [prompts[r] for r, _ in left], bar)
+            self._run_batches(left, next_batch, sample, [prompts[r] for r, _ in left], bar)
         return out
 
     def choice_logprobs(self, texts, choices, progress=None):
@@ -152,25 +149,26 @@ class Sampler:
         """
         texts = self._texts(texts)
         choices = check_choices(texts, choices)
-        prompts = self._encode(texts)
+        prompts = self._text_ids(texts)
         sequences = self._choice_ids(texts, prompts, choices)
         out = np.full((len(texts), max(map(len, choices))), -np.inf)
 
         def put(i, row):
             out[i, : len(row)] = row
 
-        # What all choices of a text begin with says nothing between them: it joins the prompt.
-        asked, rest = list(prompts), list(sequences)
-        for i, own in enumerate(sequences):
-            k = next((k for k, ids in enumerate(zip(*own)) if len(set(ids)) > 1), 0)
-            asked[i], rest[i] = prompts[i] + own[0][:k], [ids[k:] for ids in own]
-        todo = sorted(range(len(texts)), key=lambda i: -len(asked[i]))
+        # Tokens that all choices of a text begin with cancel in the softmax: they join the prompt,
+        # so that they are computed once.
+        prefixes, rest = list(prompts), list(sequences)
+        for i, row in enumerate(sequences):
+            k = next((k for k, ids in enumerate(zip(*row)) if len(set(ids)) > 1), 0)
+            prefixes[i], rest[i] = prompts[i] + row[0][:k], [ids[k:] for ids in row]
+        todo = sorted(range(len(texts)), key=lambda i: -len(prefixes[i]))
         left, keep = journal.pick_up(
             self.source, todo, lambda i: ["choices", prompts[i], sequences[i]], put
         )
 
-        def fitting(todo):
-            longest, rows, fed, batch = len(asked[todo[0]]), 0, 0, []
+        def next_batch(todo):
+            longest, rows, fed, batch = len(prefixes[todo[0]]), 0, 0, []
             for i in todo:
                 fed = max(fed, max(map(len, rest[i])) - 1)
                 rows += len(rest[i])
@@ -182,22 +180,21 @@ class Sampler:
             return batch, sum(len(rest[i]) for i in batch) * (longest + fed) // len(batch)
 
         def score(batch):
-            scores = self.engine.score([asked[i] for i in batch], [rest[i] for i in batch])
+            scores = self.engine.score([prefixes[i] for i in batch], [rest[i] for i in batch])
             keep(batch, [(row - np.logaddexp.reduce(row)).tolist() for row in scores])
 
         with journal.progress(len(todo), "question", progress, len(todo) - len(left)) as bar:
-            self._work(left, fitting, score, [asked[i] for i in left], bar)
+            self._run_batches(left, next_batch, score, [prefixes[i] for i in left], bar)
         return out
 
-    # From jobs to batches
-
-    def _work(self, jobs, fitting, run, prompts, bar):
-        """Runs jobs in batches: fitting(jobs) -> (the next batch, tokens of one of its jobs). Where
-        memory runs out the batch is halved, and so are those after it."""
-        share = self.engine.sharing(prompts) if self.share_prefixes else contextlib.nullcontext()
-        with evaluating(self.model), share:
+    def _run_batches(self, jobs, next_batch, run, prompts, bar):
+        """Runs jobs in batches: next_batch(jobs) -> (the next batch, tokens of one of its jobs).
+        Where memory runs out, the batch is halved, and so are those after it."""
+        sharing = (self.engine.sharing_prefixes(prompts) if self.share_prefixes
+                   else contextlib.nullcontext())
+        with eval_mode(self.model), sharing:
             while jobs:
-                batch, tokens = fitting(jobs)
+                batch, job_tokens = next_batch(jobs)
                 try:
                     run(batch)
                 except (RuntimeError, MemoryError) as error:
@@ -205,14 +202,14 @@ class Sampler:
                         raise
                     if len(batch) == 1:
                         raise MemoryError(
-                            f"memory ran out on a single row of {tokens} tokens: shorten it, lower "
-                            "max_new_tokens, or take a smaller model or dtype"
+                            f"memory ran out on a single row of {job_tokens} tokens: shorten it, "
+                            "lower max_new_tokens, or take a smaller model or dtype"
                         ) from None
                     failed = True
                 else:
                     failed = False
                 if failed:  # here, not above: the exception held the batch's memory
-                    self.engine.batch_tokens = len(batch) // 2 * tokens
+                    self.engine.batch_tokens = len(batch) // 2 * job_tokens
                     gc.collect()
                     if torch.cuda.is_available():
                         torch.cuda.empty_cache()
@@ -221,11 +218,10 @@ class Sampler:
                 bar.update(len(batch))
 
     def _most_rows(self):
-        """Rows whose logits fit beside the cache; sampling holds a few copies of them."""
+        """Rows of a batch whose logits fit beside the cache; sampling makes a few copies of
+        them."""
         elements = SCORE_ELEMENTS * (8 if self.model.device.type == "cuda" else 1)
         return elements // self.engine.vocab_size
-
-    # From text to tokens
 
     def _texts(self, inputs):
         check_inputs(inputs)
@@ -233,37 +229,23 @@ class Sampler:
         check_texts(texts)
         return texts
 
-    def _encode(self, texts):
-        bos = self.tokenizer.bos_token
-        out = [None] * len(texts)
-        for special in (True, False):
-            rows = [r for r, t in enumerate(texts) if special != bool(bos and t.startswith(bos))]
-            if rows:
-                ids = self.tokenizer([texts[r] for r in rows], add_special_tokens=special)
-                for r, row in zip(rows, ids["input_ids"], strict=True):
-                    out[r] = list(row)
-        for r, row in enumerate(out):
-            if not row:
+    def _text_ids(self, texts):
+        prompts = tokens.text_ids(texts, self.tokenizer)
+        for r, ids in enumerate(prompts):
+            if not ids:
                 raise ValueError(f"input {r}, {texts[r]!r}, has no tokens in this vocabulary")
-        return out
+        return prompts
 
     def _choice_ids(self, texts, prompts, choices):
-        whole = iter(
-            self._encode([t + c for t, cs in zip(texts, choices, strict=True) for c in cs])
-        )
-        alone = {}
+        """One list of the ids of its choices for each text, checked."""
+        owners = [i for i, row in enumerate(choices) for _ in row]
+        found = iter(tokens.continuation_ids(
+            [texts[i] for i in owners], [prompts[i] for i in owners],
+            [choice for row in choices for choice in row], self.tokenizer))
         out = []
         for i, (prompt, row) in enumerate(zip(prompts, choices, strict=True)):
-            sequences = []
-            for choice in row:
-                ids = next(whole)
-                if ids[: len(prompt)] == prompt:
-                    ids = ids[len(prompt) :]
-                else:
-                    if choice not in alone:
-                        ids = self.tokenizer(choice, add_special_tokens=False)["input_ids"]
-                        alone[choice] = list(ids)
-                    ids = alone[choice]
+            sequences = [next(found) for _ in row]
+            for choice, ids in zip(row, sequences, strict=True):
                 if not ids:
                     raise ValueError(f"text {i}: the choice {choice!r} is empty; drop it")
                 if self.context is not None and len(prompt) + len(ids) > self.context:
@@ -271,37 +253,33 @@ class Sampler:
                         f"text {i}: {len(prompt)} tokens and {len(ids)} of the choice {choice!r} "
                         f"exceed the model's context of {self.context}; shorten the text"
                     )
-                sequences.append(ids)
-            for a, first in enumerate(sequences):
-                for b, second in enumerate(sequences):
-                    if a != b and second[: len(first)] == first:
-                        raise ValueError(
-                            f"text {i}: the tokens of choice {row[a]!r} begin those of {row[b]!r}, "
-                            "so their probabilities overlap; end both with a mark, as in ' (A)'"
-                        )
+            for (a, first), (b, second) in itertools.permutations(enumerate(sequences), 2):
+                if second[: len(first)] == first:
+                    raise ValueError(
+                        f"text {i}: the tokens of choice {row[a]!r} begin those of {row[b]!r}, "
+                        "so their probabilities overlap; end both with a mark, as in ' (A)'"
+                    )
             out.append(sequences)
         return out
 
-    # From tokens to text
-
     def _complete(self, prompts, limits, draws, temperature, top_p, stop):
-        strings, may_stop, eos, own = self._stops(stop)
+        strings, may_stop, eos, stop_token = self._stops(stop)
 
         def cut(ids):
             text = self._text([ids])[0]
             found = [at for s in strings if (at := text.find(s)) >= 0]
             return text[: min(found)] if found else None
 
-        flags = [torch.tensor(f, device=self.model.device) for f in (eos | own, may_stop)]
+        flags = [torch.tensor(f, device=self.model.device) for f in (eos | stop_token, may_stop)]
         ids, logprobs, cuts = self.engine.decode(
             prompts, limits, draws, temperature, top_p, flags[0], flags[1] if strings else None, cut
         )
         # An ending token that is no special token would else show up in the text.
-        ended = [eos[row[-1]] or own[row[-1]] for row in ids]
+        ended = [eos[row[-1]] or stop_token[row[-1]] for row in ids]
         texts = self._text([row[:-1] if e else row for row, e in zip(ids, ended, strict=True)])
         out = []
         for j, row in enumerate(ids):
-            stopped = j in cuts or (own[row[-1]] and not eos[row[-1]])
+            stopped = j in cuts or (stop_token[row[-1]] and not eos[row[-1]])
             reason = "stop" if stopped else "eos" if ended[j] else "length"
             out.append(Completion(cuts.get(j, texts[j]), row, logprobs[j], reason))
         return out
@@ -312,14 +290,14 @@ class Sampler:
         if stop in self._stop_tokens:
             return self._stop_tokens[stop]
         count = len(self.tokenizer)
-        may_stop, eos, own = np.zeros((3, max(self.engine.vocab_size, count)), dtype=bool)
+        may_stop, eos, stop_token = np.zeros((3, max(self.engine.vocab_size, count)), dtype=bool)
         config = getattr(self.model, "generation_config", None)
         ids = getattr(config, "eos_token_id", None)
         ids = [*(ids if isinstance(ids, (list, tuple)) else [ids]), self.tokenizer.eos_token_id]
         eos[[i for i in ids if i is not None]] = True
         added = self.tokenizer.added_tokens_decoder.items()
         special = {str(token): i for i, token in added if token.special}
-        own[[special[s] for s in stop if s in special]] = True
+        stop_token[[special[s] for s in stop if s in special]] = True
         strings = [s for s in stop if s not in special]
         for s in strings:
             mixed = next((token for token in special if token in s), None)
@@ -341,7 +319,7 @@ class Sampler:
             may_stop[:count] = [
                 " " in last or "\ufffd" in p or not last.isdisjoint(p) for p in pieces
             ]
-        self._stop_tokens[stop] = strings, may_stop, eos, own
+        self._stop_tokens[stop] = strings, may_stop, eos, stop_token
         return self._stop_tokens[stop]
 
     def _text(self, rows):

@@ -27,6 +27,7 @@ from cai_utils.lm.completion import (
     render_all,
 )
 from cai_utils.lm.endpoint import Endpoint, check_url
+from cai_utils.lm.tokens import without_bos
 from cai_utils.seeds import stable_int
 
 _TAIL = 24  # characters of a text by which its end is found among a server's tokens
@@ -206,14 +207,7 @@ class Server:
             else render(item, self.tokenizer) for item in inputs
         ]  # fmt: skip
         check_texts(asked)
-        return [self._without_bos(a) if isinstance(a, str) else a for a in asked]
-
-    def _without_bos(self, text):
-        """The server puts the token at a text's beginning itself."""
-        bos = getattr(self.tokenizer, "bos_token", None)
-        if bos and text.startswith(bos) and self.tokenizer("")["input_ids"]:
-            return text[len(bos) :]
-        return text
+        return [without_bos(a, self.tokenizer) if isinstance(a, str) else a for a in asked]
 
     def _complete(self, asked, body, halt):
         as_text = isinstance(asked, str)
@@ -292,7 +286,8 @@ class Server:
     def _tokens(self, text, halt, way):
         """A prompt's tokens as text, and their log-probabilities (the first's is None)."""
         ask = {"echo": True, "logprobs": 1} if way == "echo" else {"prompt_logprobs": 0}
-        body = {"prompt": self._without_bos(text), "max_tokens": 1, "temperature": 0, **ask}
+        prompt = without_bos(text, self.tokenizer)
+        body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, **ask}
         answer = self.endpoint.post("completions", body, halt)
         choice = answer["choices"][0]
         if way == "echo":

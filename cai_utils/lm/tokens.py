@@ -1,4 +1,9 @@
-"""From conversations and texts to token ids, one way for sampling, SFT, PMs and PPO."""
+"""From conversations and texts to token ids: the one way for sampling, choices, SFT, PMs and PPO.
+
+``text_ids`` decides whether a tokenizer adds its special tokens to a text, and every other function
+here and in the package goes through it, so that a model is trained on the ids that it is sampled
+with.
+"""
 
 from __future__ import annotations
 
@@ -8,85 +13,111 @@ import numpy as np
 import torch
 
 from cai_utils import dialogue
-from cai_utils.dialogue import render, uses_transcript
 
 
-def prompt_ids_of(prompts, tokenizer, model, max_new_tokens):
-    """Prompts -> token ids, as the sampler makes them; ValueError when one leaves no room."""
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    ids, bos = [], tokenizer.bos_token
-    for i, prompt in enumerate(prompts):
-        text = dialogue.render(prompt, tokenizer)
-        special = not (bos and text.startswith(bos))
-        ids.append(list(tokenizer(text, add_special_tokens=special)["input_ids"]))
-        if room and len(ids[-1]) + max_new_tokens > room:
-            raise ValueError(f"prompt {i} has {len(ids[-1])} tokens; with max_new_tokens="
-                             f"{max_new_tokens} it exceeds the policy's {room} positions: drop it "
-                             "or lower max_new_tokens")
-    return ids
+def adds_special_tokens(text, tokenizer) -> bool:
+    """Whether the tokenizer may add its special tokens to a text: not where the chat template has
+    written the bos already."""
+    bos = tokenizer.bos_token
+    return not (bos and text.startswith(bos))
 
 
-def pad(ids, pad_id, multiple=None):
-    multiple = multiple or 1
-    width = -(-max(map(len, ids)) // multiple) * multiple
-    tokens = np.full((len(ids), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(ids), width), dtype=np.int64)
-    for row, sequence in enumerate(ids):
-        tokens[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-    return torch.from_numpy(tokens), torch.from_numpy(mask)
+def closes_texts(tokenizer) -> bool:
+    """Whether the tokenizer puts an eos of its own at the end of every text."""
+    # The text that is not empty tells an eos at the end from a bos with the same id (OPT).
+    return all(tokenizer(text)["input_ids"][-1:] == [tokenizer.eos_token_id] for text in ("", "a"))
 
 
-def encode(conversations, tokenizer):
-    """Conversations that end in an assistant turn -> [(prompt ids, completion ids)], one per row.
+def text_ids(texts, tokenizer) -> list[list[int]]:
+    """N texts -> N lists of ids, from the first token that a model reads.
 
-    Prompt ids are those of ``render(messages[:-1])`` with the tokenizer's own special tokens (bos
-    where it adds one); completion ids are the last turn as the chat template renders it, and one
-    eos. The two are tokenized together where that leaves the prompt's tokens alone, else apart, as
-    sampling would meet them.
+    Special tokens are those that the tokenizer adds before a text (bos where it adds one), text by
+    text, and never a second bos. An eos that it puts behind every text is taken off: what follows
+    belongs to the text.
     """
-    prompts, tails = [], []
-    eos = tokenizer.eos_token
-    for messages in conversations:
-        prompt = render(messages[:-1], tokenizer, add_generation_prompt=True)
-        whole = render(messages, tokenizer, add_generation_prompt=False)
-        if whole.startswith(prompt):
-            tail = whole[len(prompt) :]
-        else:  # a template that rewrites earlier turns: the response follows the prompt as sampled
-            tail = (" " if uses_transcript(tokenizer) else "") + messages[-1]["content"]
-        tail = tail.rstrip()
-        prompts.append(prompt)
-        tails.append(tail.removesuffix(eos) if eos else tail)
-    if not prompts:
-        return []
-    joint = _token_ids([p + t for p, t in zip(prompts, tails, strict=True)], tokenizer)
-    out = []
-    for prompt, tail, ids in zip(_token_ids(prompts, tokenizer), tails, joint, strict=True):
-        if ids[: len(prompt)] == prompt:
-            completion = ids[len(prompt) :]
-        else:
-            completion = tokenizer(tail, add_special_tokens=False)["input_ids"]
-        out.append((prompt, completion + [tokenizer.eos_token_id]))
-    return out
-
-
-def _token_ids(texts, tokenizer):
-    """Texts -> lists of ids: special tokens as in sampling, no second bos, no eos of its own."""
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
-    special = not (bos and texts[0].startswith(bos))
-    rows = tokenizer(texts, add_special_tokens=special)["input_ids"]
-    if special and rows and tokenizer("")["input_ids"][-1:] == [eos]:
-        rows = [ids[:-1] for ids in rows]  # a tokenizer that closes every text
+    rows = [None] * len(texts)
+    for special in (True, False):
+        chosen = [i for i, t in enumerate(texts) if adds_special_tokens(t, tokenizer) == special]
+        if not chosen:
+            continue
+        found = tokenizer([texts[i] for i in chosen], add_special_tokens=special)["input_ids"]
+        end = -1 if special and closes_texts(tokenizer) else None
+        for i, ids in zip(chosen, found, strict=True):
+            rows[i] = list(ids[:end])
     return rows
 
 
-def shorten(prompt, completion, max_length, bos_id=None):
-    """Prompt ids, cut from the left (bos kept) until prompt + completion fit ``max_length``.
+def continuation_ids(texts, prompts, continuations, tokenizer) -> list[list[int]]:
+    """The ids of what follows each of N texts, whose own ids are ``prompts``.
 
-    None when the completion leaves no room for two prompt tokens: a response is never cut, since
-    its eos (and in a preference model its score) stands at the end.
+    They are those behind the text's in the tokenisation of both together; where that merges tokens
+    across the boundary, those of the continuation by itself, since a sampler goes on from the
+    text's own tokens.
     """
-    excess = len(prompt) + len(completion) - (max_length or math.inf)
+    out = []
+    joint = text_ids([t + c for t, c in zip(texts, continuations, strict=True)], tokenizer)
+    for prompt, continuation, ids in zip(prompts, continuations, joint, strict=True):
+        if ids[: len(prompt)] == prompt:
+            out.append(ids[len(prompt) :])
+        else:
+            out.append(list(tokenizer(continuation, add_special_tokens=False)["input_ids"]))
+    return out
+
+
+def without_bos(text, tokenizer) -> str:
+    """A text for an engine that adds special tokens itself, such as a server: a bos that the chat
+    template wrote is taken off where the tokenizer adds one."""
+    bos = getattr(tokenizer, "bos_token", None)
+    if bos and text.startswith(bos) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return text[len(bos) :]
+    return text
+
+
+def prompt_ids_of(prompts, tokenizer, model, max_new_tokens):
+    """Prompts (messages) -> token ids, as the sampler makes them; ValueError names one that with
+    ``max_new_tokens`` more exceeds the positions of ``model``."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    out = text_ids([dialogue.render(prompt, tokenizer) for prompt in prompts], tokenizer)
+    for i, ids in enumerate(out):
+        if positions and len(ids) + max_new_tokens > positions:
+            raise ValueError(f"prompt {i} has {len(ids)} tokens; with max_new_tokens="
+                             f"{max_new_tokens} it exceeds the policy's {positions} positions: "
+                             "drop it or lower max_new_tokens")
+    return out
+
+
+def encode(conversations, tokenizer):
+    """Conversations that end in an assistant turn -> [(prompt ids, response ids)], one per row.
+
+    Prompt ids are those of ``render(messages[:-1])``; response ids are the last turn as the chat
+    template renders it, and one eos (``continuation_ids``).
+    """
+    texts, responses = [], []
+    eos = tokenizer.eos_token
+    for messages in conversations:
+        prompt = dialogue.render(messages[:-1], tokenizer, add_generation_prompt=True)
+        whole = dialogue.render(messages, tokenizer, add_generation_prompt=False)
+        if whole.startswith(prompt):
+            response = whole[len(prompt) :]
+        else:  # a template that rewrites earlier turns: the response follows the prompt as sampled
+            gap = " " if dialogue.uses_transcript(tokenizer) else ""
+            response = gap + messages[-1]["content"]
+        response = response.rstrip()
+        texts.append(prompt)
+        responses.append(response.removesuffix(eos) if eos else response)
+    prompts = text_ids(texts, tokenizer)
+    found = continuation_ids(texts, prompts, responses, tokenizer)
+    return [(prompt, ids + [tokenizer.eos_token_id])
+            for prompt, ids in zip(prompts, found, strict=True)]
+
+
+def shorten_prompt(prompt, response, max_length, bos_id=None):
+    """Prompt ids, cut from the left (bos kept) until prompt + response fit ``max_length``.
+
+    None when the response leaves no room for two prompt tokens: a response is never cut, since its
+    eos (and in a preference model its score) stands at the end.
+    """
+    excess = len(prompt) + len(response) - (max_length or math.inf)
     if excess <= 0:
         return prompt
     kept = len(prompt) - excess
@@ -94,3 +125,16 @@ def shorten(prompt, completion, max_length, bos_id=None):
         return None
     head = prompt[:1] if bos_id is not None and prompt[0] == bos_id else []
     return head + prompt[len(prompt) - kept + len(head) :]
+
+
+def pad(sequences, pad_id, multiple=None):
+    """B lists of ids -> (ids, mask), both (B, T) int64, padded on the right to the longest, or to
+    the next ``multiple`` of tokens."""
+    multiple = multiple or 1
+    width = -(-max(map(len, sequences)) // multiple) * multiple
+    ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(sequences), width), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)

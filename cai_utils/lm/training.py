@@ -1,4 +1,5 @@
-"""What SFT and preference models share in training: batches, arguments, LoRA, saving."""
+"""What SFT, preference models and the harmfulness score share: batches, trl's arguments, LoRA,
+saving."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PrinterCallback
 from trl.trainer.reward_trainer import suppress_seqcls_warning
@@ -19,12 +22,12 @@ from cai_utils.lm import models
 
 
 class LengthBuckets(Sampler):
-    """Row indices such that each run of ``batch_size`` holds rows of like length, in random order.
+    """Row indices in random order, such that each batch holds rows of similar length.
 
-    Rows are shuffled, sorted by length within pools of ``pool`` batches, cut into batches, and the
-    batches shuffled again, so that the order of training does not follow length (as it does within
-    each pool of transformers' LengthGroupedSampler). It depends on ``seed`` and epoch alone, hence
-    is the same in every process.
+    Rows are shuffled, sorted by length within pools of ``pool`` batches and cut into batches, which
+    are shuffled again, so that the order of training does not follow length (as it does within each
+    pool of transformers' LengthGroupedSampler). It depends on ``seed`` and epoch only, and so is
+    the same in every process.
     """
 
     def __init__(self, lengths, batch_size, seed=0, pool=50):
@@ -40,7 +43,7 @@ class LengthBuckets(Sampler):
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        # The batch that is not full must come last: it takes the end of the shuffle.
+        # The batch that is not full must come last: it gets the end of the shuffled order.
         full = len(order) - len(order) % self.batch_size
         size = self.batch_size * self.pool
         batches = []
@@ -52,17 +55,26 @@ class LengthBuckets(Sampler):
         yield from order[full:]
 
 
-class Quiet:
-    """What this package changes in trl's trainers, whatever their loss: batches of like length, a
-    loss that is not finite stops the run, and nothing is reported to the hub."""
+class LengthBatchedTrainer:
+    """A mixin for trl's trainers, whatever their loss: batches of similar length, and a loss that
+    is not finite stops the run. Nothing is reported to the hub.
 
-    lengths = None
+    lengths: number of tokens of each row. columns: those that the loss reads, None for trl's own.
+    """
+
+    lengths = columns = None
 
     def _get_train_sampler(self, train_dataset=None):
-        # The rows of a whole step: how it is divided changes nothing but memory.
+        # The rows of a whole step: how they are divided changes nothing but memory.
         size = (self.args.train_batch_size * self.args.world_size
                 * self.args.gradient_accumulation_steps)
         return LengthBuckets(self.lengths, size, self.args.seed)
+
+    def _set_signature_columns_if_needed(self):
+        if self.columns is None:
+            super()._set_signature_columns_if_needed()
+        else:
+            self._signature_columns = list(self.columns)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -89,13 +101,31 @@ def load_for_training(spec, head, runs_dir=None, lora=None):
     return model.train(), tokenizer
 
 
+def load_score_model(spec, seed, runs_dir=None, lora=None, new_head=False):
+    """(model, tokenizer) of a score model to be trained, padded with another token than eos.
+
+    The score head is drawn anew, keyed by ``seed``, if the weights have none or with ``new_head``.
+    ValueError for a tokenizer without eos.
+    """
+    torch.manual_seed(seed)
+    model, tokenizer = load_for_training(spec, "score", runs_dir, lora)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{spec}: the tokenizer has no eos token, where scores are read")
+    pad_id = models.pad_apart_from_eos(model, tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    if new_head or not models.has_score_head(model):
+        # Small, so that all scores are about 0 at first, whatever the body (N+ details of RLHF).
+        torch.nn.init.normal_(model.score.weight, std=1 / (model.score.in_features + 1))
+    return model, tokenizer
+
+
 def training_arguments(config, model, out_dir, *, rows, epochs, batch_size, lr, seed, report_to,
                        schedule, warmup, weight_decay, gradient_checkpointing=False,
                        gradient_accumulation=1, **more):
-    """``config`` (SFTConfig or RewardConfig) set for short runs that are saved once, at the end.
+    """``config`` (SFTConfig or RewardConfig) for short runs that are saved once, at the end.
 
-    ``batch_size`` rows a step, whatever the number of processes that share them and of the parts
-    (``gradient_accumulation``) in which each reads its share. ValueError where they do not divide.
+    ``batch_size`` is the number of rows in a step over all processes, each of which reads its part
+    in ``gradient_accumulation`` passes. ValueError where they do not divide it.
     """
     on_cpu = model.device.type == "cpu"
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -119,7 +149,7 @@ def training_arguments(config, model, out_dir, *, rows, epochs, batch_size, lr, 
         activation_checkpointing=gradient_checkpointing,
         logging_steps=max(1, round(steps / 50)), logging_nan_inf_filter=False,
         save_strategy="no", report_to=list(report_to) or "none",
-        # Few shapes, which a GPU's allocator and kernels like; a CPU would only compute more.
+        # A GPU's allocator and kernels are faster with few shapes; a CPU would only compute more.
         pad_to_multiple_of=None if on_cpu else 8,
         disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=not on_cpu,
         **more,
@@ -128,8 +158,8 @@ def training_arguments(config, model, out_dir, *, rows, epochs, batch_size, lr, 
 
 def lora_config(lora, task_type, **defaults):
     """A dict of LoraConfig's arguments -> LoraConfig; None or {} (all weights learn) -> None.
-    ``quantize`` among them is the base's (``load_for_training``). ValueError for an argument
-    that LoraConfig does not know."""
+    ``quantize`` is left out: it is for ``load_for_training``. ValueError for an argument that
+    LoraConfig does not know."""
     if not lora:
         return None
     from peft import LoraConfig
@@ -142,22 +172,50 @@ def lora_config(lora, task_type, **defaults):
                          ) from error
 
 
-def merge(trainer, spec, head, lora, runs_dir=None):
-    """Make the trained model a plain one, which it returns: a LoRA adapter becomes part of it.
+def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, collate=None,
+        peft_config=None, **arguments):
+    """Train ``model`` on ``data`` ({column: one value per row}) -> (trainer, its TrainOutput).
 
-    On a quantised base (QLoRA) the sum would be rounded to 4 bits again: there the adapter is laid
+    trainer_class: a ``LengthBatchedTrainer``; config: its SFTConfig or RewardConfig, set by
+    ``training_arguments(**arguments)``; lengths: tokens of each row; collate: called with the rows
+    of a batch, ``pad_id`` and the ``multiple`` of tokens to pad to (None: trl's own).
+    """
+    models.attend_for_training(model, max(lengths))
+    args = training_arguments(config, model, out_dir, rows=len(lengths), max_length=None,
+                              **arguments)
+    if collate is not None:
+        collate = partial(collate, pad_id=model.config.pad_token_id,
+                          multiple=args.pad_to_multiple_of)
+    trainer = trainer_class(
+        model=model, args=args, train_dataset=Dataset.from_dict(data), processing_class=tokenizer,
+        data_collator=collate, peft_config=peft_config,
+    )
+    trainer.lengths = lengths
+    trainer.remove_callback(PrinterCallback)  # it prints every logging step
+    try:
+        return trainer, trainer.train()
+    finally:
+        if trainer.is_world_process_zero():
+            shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+
+
+def merge_adapter(trainer, spec, head, lora, runs_dir=None):
+    """Merge the LoRA adapter of the trained model, if it has one, into plain weights; returns the
+    model.
+
+    On a quantised base (QLoRA) the sum would be rounded to 4 bits again: there the adapter is put
     on the dense weights of ``spec``, loaded anew.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not hasattr(model, "merge_and_unload"):
         return model
     if (lora or {}).get("quantize"):
-        model = dense(model, spec, head, runs_dir)
+        model = adapter_on_dense_weights(model, spec, head, runs_dir)
     trainer.model = model.merge_and_unload()
     return trainer.model
 
 
-def dense(model, spec, head, runs_dir=None):
+def adapter_on_dense_weights(model, spec, head, runs_dir=None):
     """A PeftModel -> the same adapter on the weights of ``spec``, which are not quantised."""
     from peft import PeftModel
 
@@ -168,20 +226,11 @@ def dense(model, spec, head, runs_dir=None):
         return PeftModel.from_pretrained(base, folder)
 
 
-def run(trainer):
-    """Train without the printed log lines of transformers; returns its TrainOutput."""
-    trainer.remove_callback(PrinterCallback)
-    try:
-        return trainer.train()
-    finally:
-        if trainer.is_world_process_zero():
-            shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
-
-
-def save(trainer, tokenizer, out_dir, record):
+def save_trained(trainer, tokenizer, out_dir, record):
     """Write model, tokenizer and ``record`` (as training.json) to ``out_dir``.
 
-    File by file into place, config.json last, so that a folder that loads is a whole one.
+    Files are moved into place one by one, config.json last, so that a folder that loads is a
+    complete one.
     """
     folder = trainer.args.output_dir
     trainer.save_model(folder)  # every process takes part where the weights are sharded
@@ -192,7 +241,7 @@ def save(trainer, tokenizer, out_dir, record):
     out_dir.mkdir(parents=True, exist_ok=True)
     Path(folder, "training_args.bin").unlink(missing_ok=True)
     with open(Path(folder, "training.json"), "w") as f:
-        # tables (of preference.evaluate) as lists of rows, numpy's numbers as plain ones
+        # Tables (of an `evaluate`) as lists of rows, numpy's numbers as plain ones.
         plain = lambda x: x.to_dict("records") if hasattr(x, "to_dict") else float(x)  # noqa: E731
         json.dump(record, f, indent=1, default=plain)
     new = sorted(os.listdir(folder), key=lambda name: name == "config.json")

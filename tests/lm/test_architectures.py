@@ -89,13 +89,13 @@ def test_an_adapter_on_dense_weights_is_the_adapter_merged_in_place(folder):
     from peft import get_peft_model
 
     base, tokenizer = models.load(folder, head="score", dtype="float32", device="cpu")
-    config = training.lora_config({"r": 2, "target_modules": "all-linear", "init_lora_weights": False},
-                             "SEQ_CLS", modules_to_save=["score"])
+    lora = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+    config = training.lora_config(lora, "SEQ_CLS", modules_to_save=["score"])
     model = get_peft_model(base, config)
     batch = tokenizer(["a b", "c"], padding=True, return_tensors="pt")
     with torch.no_grad():
         model.base_model.model.score.modules_to_save["default"].weight.normal_()
-        again = training.dense(model, folder, "score").merge_and_unload().float()
+        again = training.adapter_on_dense_weights(model, folder, "score").merge_and_unload().float()
         merged = model.merge_and_unload()
         np.testing.assert_allclose(again(**batch).logits, merged(**batch).logits, atol=2e-2)
         fresh, _ = models.load(folder, head="score", dtype="float32", device="cpu")

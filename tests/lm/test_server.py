@@ -25,7 +25,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from cai_utils import constitution, critique, feedback
 from cai_utils.experiment.journal import recording
-from cai_utils.lm import models
+from cai_utils.lm import backends, models
 from cai_utils.lm.sampling import Sampler
 from cai_utils.lm.server import Server
 
@@ -236,7 +236,7 @@ def test_the_key_is_sent_and_nowhere_else(monkeypatch, caplog, capsys, tmp_path)
     assert not [text for text in seen if KEY in text]
     for spec in (f"server:http://me:{KEY}@host/v1#m", f"server:https://host/v1?key={KEY}#m"):
         with pytest.raises(ValueError, match="CAI_API_KEY") as error:
-            Sampler.from_spec(spec)
+            backends.from_spec(spec)
         assert KEY not in str(error.value)
     for bad in (lambda: Server(f"http://me:{KEY}@host/v1", "m"),
                 lambda: Server(f"https://host/v1?key={KEY}", "m")):
@@ -342,17 +342,17 @@ def test_a_dead_server_is_named_at_once():
 ])  # fmt: skip
 def test_a_spec_that_names_no_server(spec):
     with pytest.raises(ValueError, match="server:http://host:port/v1#model"):
-        Sampler.from_spec(spec)
+        backends.from_spec(spec)
 
 
 def test_a_served_model_is_sampled_and_not_loaded():
     spec = "server:http://127.0.0.1:1/v1#org/name"
-    server = Sampler.from_spec(spec)
+    server = backends.from_spec(spec)
     assert (server.url, server.model, server.context) == ("http://127.0.0.1:1/v1", "org/name", None)
     assert models.resolve(spec) == spec
     with pytest.raises(ValueError, match="can be sampled and asked, not loaded"):
         models.load(spec)
-    named = Sampler.from_spec("server:http://127.0.0.1:1/v1#other;tokenizer=miniature/xs")
+    named = backends.from_spec("server:http://127.0.0.1:1/v1#other;tokenizer=miniature/xs")
     assert named.model == "other" and "Human:" in named.tokenizer.chat_template
 
 
@@ -405,7 +405,7 @@ def served(tmp_path_factory):
 
 def test_a_real_server_says_what_the_local_engine_says(served):
     url, folder = served
-    remote = Sampler.from_spec(f"server:{url}#{folder}")
+    remote = backends.from_spec(f"server:{url}#{folder}")
     local = Sampler.from_spec("miniature/xs", dtype="float32", device="cpu")
     inputs = ["\n\nHuman: Please", "The ", [{"role": "user", "content": "How do I open the door?"}],
               "\n\nHuman: Say it.\n\nAssistant: I", "\n\nHuman:"]  # fmt: skip

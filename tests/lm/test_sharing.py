@@ -1,4 +1,4 @@
-"""Shared beginnings and memory: what is computed once, and what gives way."""
+"""Shared prefixes and memory: what is computed once, and batches that do not fit."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,11 @@ import torch
 from test_sampling import CONFIGS, TOKENIZER, make_model, plain_choice_logprobs, reference
 
 from cai_utils.lm import engine, kvcache
-from cai_utils.lm.kvcache import shared_beginnings
+from cai_utils.lm.kvcache import shared_prefixes
 from cai_utils.lm.sampling import Sampler
 
 FIRST, SECOND = "the cat sat on a mat. ", "a dog: (A) or (B). q "
-# Ragged, some shorter than what the longest has of its own, one the beginning itself, one apart.
+# Ragged, some shorter than what the longest has of its own, one the prefix itself, one apart.
 PROMPTS = [FIRST + x for x in ("a", "bc", "the end is near. " * 2, "", "zz top.")]
 PROMPTS += [SECOND + x for x in ("a", "xyz", "q. " * 9, "mm")] + ["b", "nothing shared at all"]
 
@@ -36,7 +36,7 @@ def count_tokens(model):
     "kind, attention",
     [*((kind, "eager") for kind in CONFIGS), ("llama", "sdpa"), ("mistral", "sdpa")],
 )
-def test_greedy_is_generate_with_shared_beginnings(eager_sharing, kind, attention, batch_tokens):
+def test_greedy_is_generate_with_shared_prefixes(eager_sharing, kind, attention, batch_tokens):
     model = make_model(kind, attention)
     seen = count_tokens(model)
     out, tokens = {}, {}
@@ -53,7 +53,7 @@ def test_greedy_is_generate_with_shared_beginnings(eager_sharing, kind, attentio
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_choices_with_shared_beginnings_are_scored_as_by_plain_passes(eager_sharing, kind):
+def test_choices_with_shared_prefixes_are_scored_as_by_plain_passes(eager_sharing, kind):
     model = make_model(kind, sharp=1.0)
     choices = [" (A)", " (B)", " (A"]  # all begin with the token " ("
     seen = count_tokens(model)
@@ -95,29 +95,29 @@ def test_sampling_is_the_same_with_and_without_sharing(eager_sharing):
 
 
 def test_what_is_shared():
-    def prompts(*beginnings, n=10, own=20):
-        return [(*b, *[1000 * i + k for k in range(own)]) for b in beginnings
+    def prompts(*prefixes, n=10, own=20):
+        return [(*b, *[1000 * i + k for k in range(own)]) for b in prefixes
                 for i in range(1, n + 1)]  # fmt: skip
 
     a, b = tuple(range(100)), tuple(range(50)) + tuple(range(500, 550))
-    assert shared_beginnings([]) == [] and shared_beginnings([a]) == []
-    ((shared, group),) = shared_beginnings(prompts(a))
+    assert shared_prefixes([]) == [] and shared_prefixes([a]) == []
+    ((shared, group),) = shared_prefixes(prompts(a))
     assert shared == 100 and group == sorted(prompts(a))
-    # Two long beginnings rather than the short one that both have ...
-    assert sorted(k for k, _ in shared_beginnings(prompts(a, b))) == [100, 100]
+    # Two long prefixes rather than the short one that both have ...
+    assert sorted(k for k, _ in shared_prefixes(prompts(a, b))) == [100, 100]
     # ... unless too few prompts stand behind each.
-    ((shared, group),) = shared_beginnings(prompts(a, b, n=4, own=1) + [(*a[:50], 9)])
+    ((shared, group),) = shared_prefixes(prompts(a, b, n=4, own=1) + [(*a[:50], 9)])
     assert shared == 50 and len(group) == 9
     # It does not pay: too few tokens, or too small a part of them.
-    assert shared_beginnings(prompts(a[:20])) == []
-    assert shared_beginnings(prompts(a[:4], n=100, own=100)) == []
-    # A beginning that is a prompt itself, and prompts that each begin the next.
-    assert shared_beginnings([a, *prompts(a)])[0][0] == 99
-    assert sorted(k for k, _ in shared_beginnings([a, *prompts(a, b)])) == [99, 100]
-    assert shared_beginnings([tuple(range(k)) for k in range(1, 3000)]) == []
+    assert shared_prefixes(prompts(a[:20])) == []
+    assert shared_prefixes(prompts(a[:4], n=100, own=100)) == []
+    # A prefix that is a prompt itself, and prompts each of which is a prefix of the next.
+    assert shared_prefixes([a, *prompts(a)])[0][0] == 99
+    assert sorted(k for k, _ in shared_prefixes([a, *prompts(a, b)])) == [99, 100]
+    assert shared_prefixes([tuple(range(k)) for k in range(1, 3000)]) == []
 
 
-def test_a_prompt_that_is_the_beginning_itself_can_stand_alone_in_a_batch(eager_sharing):
+def test_a_prompt_that_is_the_prefix_itself_can_stand_alone_in_a_batch(eager_sharing):
     model = make_model("llama")
     prompts = [FIRST, *(FIRST + x * 20 for x in "abc")]
     out = Sampler(model, TOKENIZER, batch_tokens=60).generate(
@@ -128,7 +128,7 @@ def test_a_prompt_that_is_the_beginning_itself_can_stand_alone_in_a_batch(eager_
     np.testing.assert_allclose(small, whole, atol=1e-5)
 
 
-def test_many_beginnings_are_each_computed_once(eager_sharing):
+def test_many_prefixes_are_each_computed_once(eager_sharing):
     model = make_model("llama")
     seen = count_tokens(model)
     prompts = [FIRST + a * 6 + b * (1 + i) for a in "abcdefgh" for i, b in enumerate("stuvwxyz")]

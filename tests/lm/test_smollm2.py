@@ -23,7 +23,7 @@ def loaded():
 
 def test_greedy_is_generate_and_choices_are_plain_passes(loaded, monkeypatch):
     model, tokenizer = loaded
-    monkeypatch.setattr(kvcache, "_SHARE_FROM", 0)  # so that this short beginning is shared
+    monkeypatch.setattr(kvcache, "_SHARE_FROM", 0)  # so that this short prefix is shared
     texts = [BEGINNING + q for q in QUESTIONS]
     talks = [[{"role": "user", "content": q}] for q in QUESTIONS]
     prompts = [*texts, *talks]
