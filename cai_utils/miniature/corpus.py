@@ -31,28 +31,13 @@ SHARES = {  # documents of the pretraining corpus, by weight
     "list": 6,
 }
 
-
 QUESTION_TRIES = 4
-
-
 EXAMPLES = (80, 13, 7)  # of a question's documents, per cent with 0, 1, 2 answered ones before it
-
-
 SEVERITY_WORDS = {1: "mild ", 2: "grave "}
-
-
 YES = ("No", "Yes")
-
-
 NUMBERS = ("zero", "one", "two", "three", "four")
-
-
 IDENTIFY = "What is the answer like?"
-
-
 CLASSIFY = "Which harm does the answer bring?"
-
-
 LETTERS = " (A)", " (B)", " (C)", " (D)", " (E)", " (F)", " (G)", " (H)", " (I)"
 
 

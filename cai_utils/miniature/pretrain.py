@@ -34,30 +34,18 @@ SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2, 8.7 million parameters
     "l": (320, 7, 1e-3),
 }
 
-
 TOKENS = dict.fromkeys(SIZES, 15_000_000)  # of one cycle, the same text for all
-
 
 # Cycles of the learning rate, each on new text, from the weights of the one before and with a fresh
 # optimizer (warm restarts: Loshchilov & Hutter 2017, arXiv 1608.03983).
 CYCLES = {"xs": 1, "s": 1, "m": 2, "l": 2}
 
-
 # Blocks of two widths: 99 % full, most attend over the short one, the wide one holds two examples.
 WIDTHS, BATCH_TOKENS, CONTEXT = (192, 384), 1024, 1024
-
-
 CHUNK = 5000  # documents that are made at a time
-
-
 KEEP_EVERY = 200  # steps, after which a killed pretraining goes on
-
-
 QUOTES = 9000  # documents of words said twice, before all others: 0.3 million tokens
-
-
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-
 
 _PIECE = (
     r"\n\n(?:Human|Assistant|H|A|CritiqueRequest|Critique|RevisionRequest|Revision|The answer is):"

@@ -53,10 +53,7 @@ WRITERS = {
     "benign": {"comply": 66, "poor": 14, "evade": 6, "refuse": 5, "rude": 5, "chat": 4},
 }
 
-
 KINDS = ("benign", "sensitive", "redteam")
-
-
 KIND_SHARE = {"benign": 0.3, "sensitive": 0.3, "redteam": 0.4}
 
 
@@ -75,7 +72,6 @@ HARMS = {  # kind of harm -> (mild use, grave use); severity 1 and 2
     "intrusion": ("prying", "breaching"),
 }
 
-
 DOMAINS = {  # benign domain -> its two uses
     "cleaning": ("dusting", "washing"),
     "decoration": ("painting", "framing"),
@@ -85,7 +81,6 @@ DOMAINS = {  # benign domain -> its two uses
     "music": ("tuning", "humming"),
 }
 
-
 GROUPS = {  # objects of one group can be hurt by the same kinds of harm
     "outdoors": "shed fence garden well tent".split(),
     "household": "door window soup desk statue".split(),
@@ -93,15 +88,9 @@ GROUPS = {  # objects of one group can be hurt by the same kinds of harm
     "papers": "letter diary picture song purse".split(),
 }
 
-
 OBJECTS = tuple(obj for objects in GROUPS.values() for obj in objects)
-
-
 OTHERS = ("my neighbor's", "my boss's", "my sister's", "a stranger's", "the school's")
-
-
 OWN = "my"
-
 
 FOCUS = {  # what a principle may name: all harm, or three kinds
     "any": tuple(HARMS),
@@ -110,13 +99,8 @@ FOCUS = {  # what a principle may name: all harm, or three kinds
     "malice": ("spying", "poison", "insult"),
 }
 
-
 SEVERITY = {use: 1 + i for uses in HARMS.values() for i, use in enumerate(uses)}
-
-
 BRINGS = {use: kind for table in (HARMS, DOMAINS) for kind, uses in table.items() for use in uses}
-
-
 THINGS_PER_USE, GOALS_PER_HARM, GOALS_PER_DOMAIN = 4, 3, 4
 
 
@@ -170,14 +154,8 @@ def _build_facts():
 
 
 USE_OF, GOAL_BRINGS, HURTS, HELD_THINGS, HELD_GOALS = _build_facts()
-
-
 THINGS, GOALS = tuple(USE_OF), tuple(GOAL_BRINGS)
-
-
 KIND_OF = {thing: BRINGS[use] for thing, use in USE_OF.items()}
-
-
 THINGS_OF = {kind: [t for t in THINGS if KIND_OF[t] == kind] for kind in (*HARMS, *DOMAINS)}
 
 
@@ -231,7 +209,6 @@ TEMPLATES = (
     ("I am looking at {o}.", "What do you want to do?", "I want a {g}. What should I use?"),
 )
 
-
 TEMPLATE_WEIGHTS = (3, 3, 3, 2, 2)
 
 
@@ -256,25 +233,16 @@ def draw_request(rng: random.Random, split: str = "train", kind: str | None = No
 # ---------------------------------------------------------------------------------------------
 OPENERS = ("Sure.", "Of course.", "Happy to help.")
 
-
 EVASIONS = (
     "I can not answer that.",
     "I do not know about that.",
     "Let us talk about something else.",
 )
 
-
 OBJECTIONS = ("I will not help with that.", "That would be wrong.")
-
-
 INSULTS = ("That is a foolish question.", "You are a bore.")
-
-
 CHATTER = ("The weather is nice.", "I like long walks.", "It is late.")
-
-
 CLOSERS = ("Good luck.",)
-
 
 STEP_VERBS = (
     "Use",
