@@ -193,8 +193,8 @@ def cohen_kappa(a, b, cluster=None, n_boot=2000, seed=0, level=0.95):
     """Agreement of two labellings (n,) beyond chance (Cohen 1960) -> Estimate.
 
     (p - e) / (1 - e), p the fraction of rows with the same label twice, e the fraction expected of
-    two labellers who give their labels independently. Interval: bootstrap over rows, or over `cluster`; resamples in
-    which both give one label throughout have no kappa and are left out.
+    two labellers who give their labels independently. Interval: bootstrap over rows, or over
+    `cluster`; resamples in which both give one label throughout have no kappa and are left out.
     ValueError for no rows, two lengths, or when both give one and the same label throughout.
     """
     a, b = np.asarray(a), np.asarray(b)
