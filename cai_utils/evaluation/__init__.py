@@ -1,1 +1,1 @@
-"""What is measured on what the stages made: tables with intervals."""
+"""Measurements on what the stages made: tables with intervals."""

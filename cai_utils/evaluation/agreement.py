@@ -1,5 +1,5 @@
-"""How good AI labels are: against the truth, in calibration, and by the PMs that learn from them
-(paper 4.1, 4.3, Figure 9)."""
+"""How good labels and the PMs trained on them are: against the truth, against people, and in
+calibration (paper 4.1, 4.3, Figure 9)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,28 @@ from cai_utils.evaluation.tables import summarize
 from cai_utils.preference import soft_preference_loss
 
 
-def by_truth(comparisons, judge) -> list[dict]:
-    """Comparisons as the ground truth would label them, by their axis; those where it sees no
-    difference are left out."""
-    key, sign = {"helpful": ("helpfulness", 1), "harmless": ("harm", -1)}, []
+def by_truth(comparisons, judge, axis=None) -> list[dict]:
+    """Comparisons as the ground truth labels them: p_chosen 1, source "truth".
+
+    Each row is judged by `axis` ("helpful": more helpful is better, "harmless": less harm is), or
+    by its own where None. Rows in which the truth sees no difference are left out.
+    """
+    measures, out = {"helpful": ("helpfulness", 1), "harmless": ("harm", -1)}, []
     for row in comparisons:
-        name, better = key[row["axis"]]
-        verdicts = [judge(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
-        sign.append(better * (verdicts[0][name] - verdicts[1][name]))
-    swapped = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} if s < 0 else r
-               for r, s in zip(comparisons, sign, strict=True)]
-    return [r for r, s in zip(swapped, sign, strict=True) if s]
+        measure, sign = measures[axis or row["axis"]]
+        chosen, rejected = (sign * judge(row["prompt"] + row[side])[measure]
+                            for side in ("chosen", "rejected"))
+        sides = ("chosen", "rejected") if chosen > rejected else ("rejected", "chosen")
+        if chosen != rejected:
+            out.append({**row, "chosen": row[sides[0]], "rejected": row[sides[1]],
+                        "p_chosen": 1.0, "source": "truth"})
+    return out
 
 
 def label_table(rows, judge=None) -> pd.DataFrame:
-    """What a set of labels (`feedback.label`) is like: measure, estimate, ci_low, ci_high, n.
+    """A summary of AI labels (rows of `feedback.label`): measure, estimate, ci_low, ci_high, n.
 
-    Measures: mean p_chosen; mean position bias, and its mean size; with a `judge`, the share of
+    Measures: mean p_chosen; mean position bias, and its mean size; with a `judge`, the fraction of
     pairs of unequal true harm in which the less harmful response was chosen.
     """
     long = []
@@ -48,8 +53,10 @@ def label_table(rows, judge=None) -> pd.DataFrame:
 
 
 def calibration_table(rows, bins=10) -> pd.DataFrame:
-    """Rows of `predictions` -> columns of Figure 9: labels, bin, mean_p, estimate (frequency),
-    ci_low, ci_high, n."""
+    """Rows of `multiple_choice.predictions` -> the table of Figure 9.
+
+    Columns: bin, mean_p, estimate (frequency), ci_low, ci_high, n, labels.
+    """
     tables = []
     for name, part in pd.DataFrame(rows).groupby("labels", sort=False):
         table = stats.calibration(part["p"], part["y"], bins)
@@ -59,8 +66,10 @@ def calibration_table(rows, bins=10) -> pd.DataFrame:
 
 
 def calibration_errors(rows, bins=10) -> pd.DataFrame:
-    """Rows of `predictions` -> labels, measure, estimate, ci_low, ci_high, n. Measures: expected
-    calibration error; the over-confidence, mean confidence less accuracy; and the accuracy."""
+    """Rows of `multiple_choice.predictions` -> labels, measure, estimate, ci_low, ci_high, n.
+
+    Measures: expected calibration error; over-confidence (mean confidence less accuracy); accuracy.
+    """
     out = []
     for name, part in pd.DataFrame(rows).groupby("labels", sort=False):
         p, y = part["p"].to_numpy(float), part["y"].to_numpy(float)
@@ -92,10 +101,10 @@ def pm_agreement(scorers, tests) -> pd.DataFrame:
 
 
 def evaluate(scorer, rows, bins=10, seed=0):
-    """How well a PM agrees with comparisons: the labels of other people, or of the feedback model.
+    """How well a PM agrees with comparisons: the labels of people, or of the feedback model.
 
     Returns a dict:
-    - accuracy, ci_low, ci_high, n: share of rows where the PM prefers the answer that the label
+    - accuracy, ci_low, ci_high, n: fraction of rows where the PM prefers the answer that the label
       prefers, bootstrapped over prompts; equal scores, and labels of exactly 1/2, count 1/2;
     - loss: mean soft cross-entropy, nats; floor: the labels' own entropy, which no PM can beat;
     - calibration: DataFrame(bin_mid, mean_p, frequency, ci_low, ci_high, n). mean_p is the PM's
@@ -132,7 +141,7 @@ def evaluate(scorer, rows, bins=10, seed=0):
 def _calibration(d, p, bins):
     """Score differences (n,) and label probabilities (n,) -> reliability table, folded to 1/2..1.
 
-    Folded, because which answer is called `chosen` is the label's doing: unfolded, hard labels are
+    Folded, because the label decides which answer is called `chosen`: unfolded, hard labels are
     all 1 and would make any PM look under-confident below 1/2.
     """
     sure = 1 / (1 + np.exp(-np.abs(d)))

@@ -9,20 +9,22 @@ from cai_utils.evaluation.tables import summarize
 
 
 def true_verdict(judge, prompt, text, harm_weight=2.0) -> dict:
-    """What the ground truth says of a response: truth:harm, truth:harmlessness (its negative),
-    truth:helpfulness, truth:HH (helpfulness less `harm_weight` times harm), truth:evasive."""
-    v = judge(dialogue.with_response(prompt, text))
-    return {"truth:harm": v["harm"], "truth:harmlessness": -v["harm"],
-            "truth:helpfulness": v["helpfulness"],
-            "truth:HH": v["helpfulness"] - harm_weight * v["harm"],
-            "truth:evasive": int(v["evasive"])}
+    """The ground truth about a response, as columns "truth:<measure>".
+
+    Measures: harm, harmlessness (its negative), helpfulness, HH (helpfulness less `harm_weight`
+    times harm), evasive (0 or 1).
+    """
+    verdict = judge(dialogue.with_response(prompt, text))
+    harm, helpfulness = verdict["harm"], verdict["helpfulness"]
+    return {"truth:harm": harm, "truth:harmlessness": -harm, "truth:helpfulness": helpfulness,
+            "truth:HH": helpfulness - harm_weight * harm, "truth:evasive": int(verdict["evasive"])}
 
 
 def chains_long(chains, judge=None, retained=None, scorers=None) -> pd.DataFrame:
     """Revision chains -> one row per chain and revision.
 
     Columns: id, revision, text:words, text:changed (it differs from the response before it); with a
-    `judge` those of `true_verdict`; with `retained` truth:retained, the share of the initial
+    `judge` those of `true_verdict`; with `retained` truth:retained, the fraction of the initial
     response's harmless content that is still there; for each axis of `scorers` ({axis: Scorer})
     "PM:<axis>".
     """
@@ -35,9 +37,10 @@ def chains_long(chains, judge=None, retained=None, scorers=None) -> pd.DataFrame
         for chain in chains for k, text in enumerate(chain["responses"])
     ]
     long = pd.DataFrame(rows)
-    talks = [dialogue.with_response(c["prompt"], text) for c in chains for text in c["responses"]]
+    conversations = [dialogue.with_response(c["prompt"], text) for c in chains
+                     for text in c["responses"]]
     for axis, scorer in (scorers or {}).items():
-        long[f"PM:{axis}"] = scorer.score(talks)
+        long[f"PM:{axis}"] = scorer.score(conversations)
     return long
 
 

@@ -1,4 +1,4 @@
-"""How near an absolute harmfulness model comes to ratings (paper, section 4.5)."""
+"""How close an absolute harmfulness model comes to ratings (paper 4.5)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from cai_utils.harmfulness import check
 
 
 def evaluate(scorer, rows, seed=0):
-    """How near a score model comes to rows {"messages", "score"}: {"error": mean absolute error,
-    "ci_low", "ci_high" (bootstrapped over rows), "correlation": Pearson's, "n"}."""
+    """Compare a score model with ratings, rows {"messages", "score"}.
+
+    Returns {"error": mean absolute error, "ci_low", "ci_high" (bootstrapped over rows),
+    "correlation": Pearson's, nan where one side does not vary, "n"}.
+    """
     rows = check(rows)
     predicted = scorer.score([r["messages"] for r in rows])
     truth = np.array([r["score"] for r in rows], float)

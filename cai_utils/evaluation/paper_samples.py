@@ -1,6 +1,6 @@
-"""The paper's published samples, measured: what notebook 12 shows of them (rows of `published`).
+"""The paper's published samples, measured for notebook 12 (rows of `data.paper`).
 
-Tables as in `analysis`: `estimate`, `ci_low`, `ci_high`, `n`; the independent unit is the prompt.
+Tables have `estimate`, `ci_low`, `ci_high`, `n`; the independent unit is the prompt.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from cai_utils.evaluation.tables import summarize
 from cai_utils.experiment import registry
 
 
-def measured(samples, scorers=None, judge=None, said=None) -> list[dict]:
-    """What can be said of each sample: a row of numbers, without its text.
+def measured(samples, scorers=None, judge=None, labels=None) -> list[dict]:
+    """Measurements of each sample: a row of numbers, without its text.
 
-    id, kind, model, method (its name), size, rank_in_file, words; refusal, partial, evasive (0/1,
-    from `said`, a label of `refusals.label` for each, or the rule of `evasiveness`); with `scorers`
-    ({axis: Scorer}) "PM:<axis>"; with a `judge` (a conversation -> {"harm", "helpfulness", ...})
-    "judge:<measure>" for each number it gives.
+    Fields: id, kind, model, method (its name in figures), size, rank_in_file, words; refusal,
+    partial, evasive (0 or 1, from `labels`, one of `refusal_probe.label` per sample, or by
+    `refusal_rule`); with `scorers` ({axis: Scorer}) "PM:<axis>"; with a `judge` (a conversation ->
+    {"harm", "helpfulness", ...}) "judge:<measure>" for each number that it returns.
     """
     keep = ("id", "kind", "model", "size", "rank_in_file")
-    talks = [dialogue.with_response(s["prompt"], s["response"]) for s in samples]
-    said, rows = refusal_rule.labels(samples, said), []
-    for s, talk, label in zip(samples, talks, said, strict=True):
-        verdict = judge(talk) if judge else {}
+    conversations = [dialogue.with_response(s["prompt"], s["response"]) for s in samples]
+    labels, rows = refusal_rule.labels(samples, labels), []
+    for s, conversation, label in zip(samples, conversations, labels, strict=True):
+        verdict = judge(conversation) if judge else {}
         rows.append({
             **{k: s[k] for k in keep}, "method": registry.label(s["model"]),
             "words": len(s["response"].split()), "refusal": int(label == FULL),
@@ -37,7 +37,7 @@ def measured(samples, scorers=None, judge=None, said=None) -> list[dict]:
                if isinstance(v, int | float | bool)},
         })
     for axis, scorer in (scorers or {}).items():
-        for row, score in zip(rows, scorer.score(talks), strict=True):
+        for row, score in zip(rows, scorer.score(conversations), strict=True):
             row[f"PM:{axis}"] = float(score)
     return rows
 
@@ -46,8 +46,8 @@ def by_model(long, measures) -> pd.DataFrame:
     """Means of measures ({column: label}) for each prompt set and model, intervals over prompts.
 
     Columns: kind, model, method, measure (the label), estimate, ci_low, ci_high, n (prompts).
-    Shares get the wider of the bootstrap's and Wilson's interval over prompts, since a share that
-    is 0 or 1 on every prompt has a bootstrap of zero width.
+    Rates get the wider of the bootstrap's and Wilson's interval over prompts: a rate of 0 or 1 on
+    every prompt has a bootstrap interval of zero width.
     """
     tables = []
     for column, label in measures.items():
@@ -61,7 +61,7 @@ def by_model(long, measures) -> pd.DataFrame:
 
 
 def agreement_with_files(long, axis) -> pd.DataFrame:
-    """Does the user's PM order a model's answers to one prompt as that model's own PM did?
+    """Does the user's PM rank a model's answers to one prompt as that model's own PM did?
 
     Mean over prompts of Spearman's correlation between "PM:<axis>" and the rank in the file, signed
     so that 1 is the same order. Prompts with fewer than 3 answers, or with all scores alike, are
@@ -77,9 +77,12 @@ def agreement_with_files(long, axis) -> pd.DataFrame:
 
 
 def feedback_compare(sampler, constitution):
-    """A judge for `elo.tournament`: an LM that is asked, in both orders, which of two responses
-    follows a comparison principle drawn from the constitution (paper 4.1). It judges
-    harmlessness; helpfulness is a ValueError, since the principles do not speak of it."""
+    """A judge for `elo.tournament`: an LM as feedback model (paper 4.1).
+
+    It is asked in both orders which of two responses follows a comparison principle, drawn from the
+    constitution, better. ValueError for an axis other than harmlessness, which the principles do
+    not cover.
+    """
 
     def compare(a, b, axis, rng):
         if axis != "harmlessness":
@@ -91,24 +94,24 @@ def feedback_compare(sampler, constitution):
     return compare
 
 
-def side_by_side(samples, title, said=None) -> str:
-    """A page to read: each prompt with one answer of every model and what the rule, or `said`, a
-    label for each sample, calls it.
+def side_by_side(samples, title, labels=None) -> str:
+    """A Markdown page: each prompt with one answer of every model and its refusal label.
 
-    The answer is the one in the middle of those given of a model, by rank.
+    The answer is the middle one of a model's answers, by rank. The label is that of the rule, or
+    that of `labels`, one per sample.
     """
-    page, said = [f"# {title}"], refusal_rule.labels(samples, said)
-    samples = [{**s, "said": label} for s, label in zip(samples, said, strict=True)]
+    page, labels = [f"# {title}"], refusal_rule.labels(samples, labels)
+    samples = [{**s, "label": label} for s, label in zip(samples, labels, strict=True)]
     for id_ in dict.fromkeys(s["id"] for s in samples):
-        own = [s for s in samples if s["id"] == id_]
+        same = [s for s in samples if s["id"] == id_]
         page.append("## " + " — ".join(f"*{m['role']}*: {chains.cell(m['content'])}"
-                                       for m in own[0]["prompt"]))
+                                       for m in same[0]["prompt"]))
         table = ["| model | answer | read as |", "|---|---|---|"]
-        for model in dict.fromkeys(s["model"] for s in own):
-            answers = sorted((s for s in own if s["model"] == model),
+        for model in dict.fromkeys(s["model"] for s in same):
+            answers = sorted((s for s in same if s["model"] == model),
                              key=lambda s: s["rank_in_file"])
             shown = answers[len(answers) // 2]
             table.append(f"| {registry.label(model)} | {chains.cell(shown['response'])} | "
-                         f"{shown['said']} |")
+                         f"{shown['label']} |")
         page.append("\n".join(table))
     return "\n\n".join(page) + "\n"

@@ -1,8 +1,8 @@
-"""Policies under test: their names, what they say on the evaluation prompts, how good it is.
+"""Responses of policies to the evaluation prompts, and how good they are.
 
-A *sample* is a row {"id", "kind", "prompt", "response", "model", "size", "step"}: what a model of a
-size answered to one prompt, after `step` episodes of RL (0: none). The notebooks 07, 09 and 10 all
-speak of models in such rows.
+A *sample* is a row {"id", "kind", "prompt", "response", "model", "size", "step"}: the response of a
+model of one size to one prompt, after `step` episodes of RL (0: none). Notebooks 07, 09 and 10 use
+such rows.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from cai_utils.experiment.registry import MEASURES, PANELS
 
 
 def show_samples(samples, models_, n=3) -> None:
-    """Print what models said to the first n prompts of each kind."""
+    """Print the models' responses to the first n prompts of each kind."""
     for kind in dict.fromkeys(s["kind"] for s in samples):
         ids = list(dict.fromkeys(s["id"] for s in samples if s["kind"] == kind))[:n]
         for id_ in ids:
-            own = [s for m in models_ for s in samples
-                   if (s["kind"], s["id"], s["model"]) == (kind, id_, m)]
-            if not own:
+            shown = [s for m in models_ for s in samples
+                     if (s["kind"], s["id"], s["model"]) == (kind, id_, m)]
+            if not shown:
                 continue
-            print(f"\n[{kind}] " + " / ".join(m["content"] for m in own[0]["prompt"]))
-            for s in own:
+            print(f"\n[{kind}] " + " / ".join(m["content"] for m in shown[0]["prompt"]))
+            for s in shown:
                 step = f", {s['step']} episodes" if s["step"] else ""
                 print(f"   {registry.label(s['model'])}{step}: {s['response']}")
 
 
-# ---------------------------------------------------------------------------------- the truth
+# ------------------------------------------------------------------------ with a ground truth
 def judged(samples, judge) -> pd.DataFrame:
-    """Samples with the judge's verdicts: columns id, kind, model, size, step, response, and one
-    for each measure of the judge (`MEASURES`)."""
+    """Samples with the judge's verdicts.
+
+    Columns: id, kind, model, size, step, response, and one per measure (`registry.MEASURES`).
+    """
     rows = []
     for s in samples:
         verdict = judge(dialogue.with_response(s["prompt"], s["response"]))
@@ -45,8 +47,10 @@ def judged(samples, judge) -> pd.DataFrame:
 
 
 def truth_table(frame, by=("model", "size", "step")) -> pd.DataFrame:
-    """Means of the measures by model and kind of prompt: *by, kind, measure, estimate, ci_low,
-    ci_high, n. frame: of `judged`. Intervals over prompts."""
+    """Means of the measures of `judged` by model and kind of prompt, intervals over prompts.
+
+    Columns: *by, kind, measure, estimate, ci_low, ci_high, n.
+    """
     by = [*by, "kind"]
     tables = [summarize(frame, by, m).assign(measure=m) for m in MEASURES]
     columns = [*by, "measure", "estimate", "ci_low", "ci_high", "n"]
@@ -54,7 +58,7 @@ def truth_table(frame, by=("model", "size", "step")) -> pd.DataFrame:
 
 
 def panels_of(table, shown=PANELS) -> pd.DataFrame:
-    """Rows of a `truth_table` that a figure shows, with `axis`, what its panel is called."""
+    """The rows of a `truth_table` that a figure shows, with `axis`, the title of their panel."""
     parts = [table[(table["kind"] == kind) & (table["measure"] == measure)].assign(axis=label)
              for label, (kind, measure) in shown.items()]
     return pd.concat(parts, ignore_index=True)
@@ -63,19 +67,20 @@ def panels_of(table, shown=PANELS) -> pd.DataFrame:
 def compared(frame, pairs, column="model", by=("size",), shown=PANELS) -> pd.DataFrame:
     """Paired differences a - b of the measures that a figure shows, over the prompts of both.
 
-    frame: of `judged`; pairs: (a, b), values of `column`. -> columns *by, axis, difference,
-    estimate, ci_low, ci_high, n."""
+    frame: of `judged`; pairs: (a, b), values of `column`. Columns: *by, axis, difference, estimate,
+    ci_low, ci_high, n.
+    """
     tables = []
     for label, (kind, measure) in shown.items():
-        own = frame[frame["kind"] == kind]
-        table = differences(own, column, pairs, measure, list(by))
+        part = frame[frame["kind"] == kind]
+        table = differences(part, column, pairs, measure, list(by))
         table.insert(len(by), "axis", label)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
 
 def wide(table, index=("model", "size", "step")) -> pd.DataFrame:
-    """A `truth_table` to read: a row per model, a column per kind and measure."""
+    """A `truth_table` laid out for reading: a row per model, a column per kind and measure."""
     text = table.assign(
         cell=[f"{r.estimate:.2f} [{r.ci_low:.2f}, {r.ci_high:.2f}]" for r in table.itertuples()],
         column=table["kind"] + ", " + table["measure"],
@@ -85,16 +90,18 @@ def wide(table, index=("model", "size", "step")) -> pd.DataFrame:
                             sort=False)[columns]
 
 
-# ------------------------------------------------------------------------ where none is known
+# --------------------------------------------------------------------- without a ground truth
 def scored(samples, scorers) -> pd.DataFrame:
-    """What can be said of samples without a ground truth: columns id, kind, model, size, step;
-    "PM:<axis>" for each of scorers ({axis: preference.Scorer}); "text:refusal", 1 where the rule of
-    `evasiveness` reads a full refusal; "text:words"."""
+    """Samples measured without a ground truth.
+
+    Columns: id, kind, model, size, step; "PM:<axis>" for each of scorers ({axis:
+    preference.Scorer}); "text:refusal", 1 where `refusal_rule` reads a full refusal; "text:words".
+    """
     keep = ("id", "kind", "model", "size", "step")
-    talks = [dialogue.with_response(s["prompt"], s["response"]) for s in samples]
+    conversations = [dialogue.with_response(s["prompt"], s["response"]) for s in samples]
     frame = pd.DataFrame([{k: s[k] for k in keep} for s in samples])
     for axis, scorer in scorers.items():
-        frame[f"PM:{axis}"] = scorer.score(talks)
+        frame[f"PM:{axis}"] = scorer.score(conversations)
     frame["text:refusal"] = [int(x == xstest.FULL) for x in refusal_rule.labels(samples)]
     frame["text:words"] = [len(s["response"].split()) for s in samples]
     return frame
@@ -104,8 +111,9 @@ def scored_table(frame, pairs, column="model") -> pd.DataFrame:
     """Means of `scored` by size, kind of prompt and `column` ("model" or "step"), then differences
     a - b of its values on the same prompts for each (a, b) in pairs.
 
-    -> columns measure, size, kind, group (a value of `column`, or "a - b"), estimate, ci_low,
-    ci_high, n."""
+    Columns: measure, size, kind, group (a value of `column`, or "a - b"), estimate, ci_low,
+    ci_high, n.
+    """
     tables, by = [], ["size", "kind"]
     for measure in [c for c in frame if ":" in c]:
         means = summarize(frame, [*by, column], measure)

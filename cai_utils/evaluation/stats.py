@@ -1,7 +1,7 @@
-"""Intervals and calibration: the statistics behind every figure and every claim.
+"""Intervals and calibration: the statistics behind every figure.
 
-All intervals are 95 % unless `level` says otherwise. What is resampled is the independent unit of
-the experiment, nearly always the prompt: several samples for one prompt are one cluster.
+All intervals are 95 % unless `level` says otherwise. Resampled is the independent unit of the
+experiment, nearly always the prompt: several samples for one prompt are one cluster.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def bootstrap_mean(x, cluster=None, n_boot=2000, seed=0, level=0.95):
 def paired_difference(a, b, cluster=None, n_boot=2000, seed=0, level=0.95):
     """Mean of a - b for two measurements (n,) of the same units, row by row -> Estimate.
 
-    The pairing removes what the units have in common, so the interval is that of the difference
-    and not of two means. Raises ValueError when the lengths differ.
+    Pairing removes what the units have in common: the interval is that of the difference, not of
+    two means. Raises ValueError when the lengths differ.
     """
     a, b = _vector(a, "a"), _vector(b, "b")
     if len(a) != len(b):
@@ -192,9 +192,9 @@ def ece(p, y, bins=10, cluster=None, n_boot=1000, seed=0, level=0.95):
 def cohen_kappa(a, b, cluster=None, n_boot=2000, seed=0, level=0.95):
     """Agreement of two labellings (n,) beyond chance (Cohen 1960) -> Estimate.
 
-    (p - e) / (1 - e), p the share of rows labelled alike, e the share expected of two labellers who
-    give their labels independently. Interval: bootstrap over rows, or over `cluster`; resamples in
-    which both give one label throughout have no kappa and are left out.
+    (p - e) / (1 - e), p the fraction of rows with the same label twice, e the fraction expected of
+    two labellers who give their labels independently. Interval: bootstrap over rows, or over
+    `cluster`; resamples in which both give one label throughout have no kappa and are left out.
     ValueError for no rows, two lengths, or when both give one and the same label throughout.
     """
     a, b = np.asarray(a), np.asarray(b)

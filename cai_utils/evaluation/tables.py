@@ -1,7 +1,7 @@
-"""What the notebooks' analyses share: rows of a stage in, tidy tables with intervals out.
+"""Tidy tables with intervals, made from rows of measurements.
 
-Every table has `estimate`, `ci_low`, `ci_high`, `n` (DESIGN section 5); a "long" table has one row
-per prompt and what was measured on it, from which such a table is summarised.
+Every table has `estimate`, `ci_low`, `ci_high`, `n` (ARCHITECTURE.md, Rows). A "long" table has one
+row per prompt, with what was measured on it; such a table is a summary of one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import pandas as pd
 from cai_utils.evaluation import stats
 
 
-# ---------------------------------------------------------------------------------- estimates
 def summarize(long, by, value, cluster="id") -> pd.DataFrame:
     """Mean of column `value` for each group of `by`, rows without a value left out.
 
@@ -31,9 +30,11 @@ def summarize(long, by, value, cluster="id") -> pd.DataFrame:
 
 
 def difference(long, column, a, b, value, unit="id", cluster=None) -> stats.Estimate:
-    """Mean of `value` where `column` is `a` less where it is `b`, paired by `unit`; units that miss
-    one of the two are left out. `cluster` names a column that is the same for units which are not
-    independent; those are resampled together. ValueError when no unit has both."""
+    """Mean of `value` where `column` is `a` less where it is `b`, paired by `unit`.
+
+    Units that lack one of the two are left out. `cluster` names a column that is equal for units
+    that are not independent; those are resampled together. ValueError when no unit has both.
+    """
     sides = [long[long[column] == side].dropna(subset=[value]).groupby(unit)[value].mean()
              for side in (a, b)]
     both = pd.concat(sides, axis=1, join="inner").astype(float)
@@ -44,8 +45,11 @@ def difference(long, column, a, b, value, unit="id", cluster=None) -> stats.Esti
 
 
 def differences(long, column, pairs, value, by, unit="id", cluster=None) -> pd.DataFrame:
-    """`difference` of every pair (a, b) within every group of `by`; pairs that a group lacks are
-    left out. Columns: by, difference ("a - b"), estimate, ci_low, ci_high, n."""
+    """`difference` of every pair (a, b) within every group of `by`.
+
+    Columns: *by, difference ("a - b"), estimate, ci_low, ci_high, n. Pairs of which a group lacks
+    one side are left out.
+    """
     by, rows = [by] if isinstance(by, str) else list(by), []
     for group, d in long.groupby(by, sort=False):
         for a, b in pairs:

@@ -1,9 +1,9 @@
-"""What the miniature's models read before they are anybody's assistant.
+"""The pretraining corpus of the miniature's models.
 
-The pretraining corpus is what a web-trained LM may have seen: dialogues by writers of mixed
-quality, facts, critiques with revisions, direct revisions, and questions with and without chains
-of thought. Its texts use the very text forms of `critique.py` and `feedback.py`. One perceiver
-(`world.perceive_*`, `world.notices`) stands behind all of them.
+It is a stand-in for what a web-trained LM has seen: dialogues by writers of mixed quality, facts,
+critiques with revisions, direct revisions, and questions with and without chains of thought. Its
+texts use the formats of `critique` and `multiple_choice`. One model of what writers perceive
+(`world.perceive_*`, `world.notices`) is behind all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cai_utils.miniature import world
 from cai_utils.miniature.judge import judge
 from cai_utils.miniature.world import norm, text_of
 
-SHARES = {  # documents of the pretraining corpus, by weight
+SHARES = {  # weights of the kinds of documents
     "dialogue": 22,
     "facts": 14,
     "critique": 22,
@@ -31,61 +31,46 @@ SHARES = {  # documents of the pretraining corpus, by weight
     "list": 6,
 }
 
-
 QUESTION_TRIES = 4
-
-
-EXAMPLES = (80, 13, 7)  # of a question's documents, per cent with 0, 1, 2 answered ones before it
-
-
+EXAMPLES = (80, 13, 7)  # per cent of question documents with 0, 1, 2 answered examples in front
 SEVERITY_WORDS = {1: "mild ", 2: "grave "}
-
-
 YES = ("No", "Yes")
-
-
 NUMBERS = ("zero", "one", "two", "three", "four")
-
-
 IDENTIFY = "What is the answer like?"
-
-
 CLASSIFY = "Which harm does the answer bring?"
-
-
 LETTERS = " (A)", " (B)", " (C)", " (D)", " (E)", " (F)", " (G)", " (H)", " (I)"
 
 
 def _quote(sentence) -> str:
-    """How a writer points at a step: its words up to the thing, "Use dax"."""
+    """The words of a step up to its thing, as critiques and answers quote it: "Use dax"."""
     return sentence.text.split(f" {sentence.thing} ")[0] + f" {sentence.thing}"
 
 
 def _use_words(use: str) -> str:
-    """What a use is and brings: "burning, grave fire"."""
+    """A use and what it brings: "burning, grave fire"."""
     return f"{use}, {SEVERITY_WORDS.get(world.SEVERITY.get(use), '')}{world.BRINGS[use]}"
 
 
 # ------------------------------------------------------------------------- critiques and revisions
 def _critic(request, response, focus, rng) -> tuple[str, set[str], bool]:
-    """What a writer says is wrong with a response: text, the things noticed, rudeness noticed."""
-    said, noticed, rude = [], set(), False
+    """A writer's critique of a response: its text, the things noticed, whether rudeness was."""
+    remarks, noticed, rude = [], set(), False
     for sentence in response:
         if sentence.thing:
             percept = world.perceive_thing(sentence.thing, request, rng)
             if world.notices(percept, focus, rng):
                 noticed.add(sentence.thing)
-                said.append(f"{_quote(sentence)}: {percept.kind}, harms the {request.obj}.")
+                remarks.append(f"{_quote(sentence)}: {percept.kind}, harms the {request.obj}.")
         elif sentence.type == "rude" and rng.random() < norm("notice_any"):
             rude = True
-            said.append("The answer is rude.")
+            remarks.append("The answer is rude.")
         elif sentence.type == "evade" and rng.random() < norm("notice_any"):
-            said.append("The answer avoids the question.")
-    return " ".join(said) or "Nothing in the answer is harmful.", noticed, rude
+            remarks.append("The answer avoids the question.")
+    return " ".join(remarks) or "Nothing in the answer is harmful.", noticed, rude
 
 
 def _revise(request, response, noticed, rude, manner, rng, split):
-    """The response without what was noticed, else word for word; then what the principle asks."""
+    """The response without what was noticed, otherwise word for word, plus what `manner` asks."""
     seen = world.perceive_goal(request, rng)
     kept = [
         s
@@ -136,10 +121,10 @@ def _revision_document(rng, principles, critiqued: bool) -> tuple[str, str]:
 
 
 # ------------------------------------------------------------------------------------- questions
-def _read(request, response, focus, rng) -> dict:
-    """What a writer who compares makes of one response, and how they would say it step by step."""
+def _assess(request, response, focus, rng) -> dict:
+    """A writer's assessment of one response, with its chain of thought as `text`."""
     goal = world.perceive_goal(request, rng)
-    said, harm, fits, kinds = [], 0, 0, []
+    steps, harm, fits, kinds = [], 0, 0, []
     for s in response:
         if s.thing:
             percept = world.perceive_thing(s.thing, request, rng)
@@ -151,21 +136,21 @@ def _read(request, response, focus, rng) -> dict:
             elif percept.kind == goal.kind:
                 words += f", fits the {request.goal}"
             fits += percept.kind == goal.kind
-            said.append(words + ".")
+            steps.append(words + ".")
         elif s.type == "rude":
             harm += 1
-            said.append("It is rude.")
+            steps.append("It is rude.")
         elif s.type == "evade":
-            said.append("It avoids the question.")
+            steps.append("It avoids the question.")
         elif s.type == "explain":
-            said.append("It explains the harm.")
+            steps.append("It explains the harm.")
     types = {s.type for s in response}
     engaged = "explain" in types and not fits
     helpful = 1 + min(3, fits) if fits else (goal.hurts * (engaged + ("alternative" in types)))
     harm = min(harm, 4)
-    said.append(f"Harm {NUMBERS[harm]}, help {NUMBERS[helpful]}.")
+    steps.append(f"Harm {NUMBERS[harm]}, help {NUMBERS[helpful]}.")
     return {
-        "text": " ".join(said),
+        "text": " ".join(steps),
         "harm": harm,
         "helpful": helpful,
         "evasive": bool(types & {"evade", "object"}) and not (engaged or fits),
@@ -176,29 +161,28 @@ def _read(request, response, focus, rng) -> dict:
 
 
 def _better(a: dict, b: dict, manner: str, rng) -> int:
-    """0 where the writer finds the first better under a principle of this manner, else 1."""
+    """0 where a writer prefers the first under a principle of this manner, else 1."""
     if a["harm"] == b["harm"] and manner == "harmless" and a["engaged"] != b["engaged"]:
         if (b if a["engaged"] else a)["evasive"]:
             engaged = 0 if a["engaged"] else 1
             return engaged if rng.random() < norm("answer_prefers_engaged") else 1 - engaged
-
     noise = norm("answer_noise")
-    first = _worth(a, manner) + rng.gauss(0, noise)
-    return 0 if first > _worth(b, manner) + rng.gauss(0, noise) else 1
+    first = _utility(a, manner) + rng.gauss(0, noise)
+    return 0 if first > _utility(b, manner) + rng.gauss(0, noise) else 1
 
 
-def _worth(read: dict, manner: str) -> float:
-    """What a response is worth to a writer under a principle of this manner, in steps of harm."""
+def _utility(found: dict, manner: str) -> float:
+    """Utility of an assessed response under a principle of this manner, in steps of harm."""
     return {
-        "harmless": -read["harm"],
-        "engaged": -read["harm"] - read["evasive"],
-        "kind": -read["harm"] - read["rude"],
-        "hhh": read["helpful"] - norm("hhh_harm_weight") * read["harm"],
+        "harmless": -found["harm"],
+        "engaged": -found["harm"] - found["evasive"],
+        "kind": -found["harm"] - found["rude"],
+        "hhh": found["helpful"] - norm("hhh_harm_weight") * found["harm"],
     }[manner]
 
 
 def pair(rng, split, kind=None):
-    """A request (of a kind, or mostly red-team) and two different answers by writers."""
+    """A request of a kind (None: mostly red-team) and two different responses by writers."""
     request = world.draw_request(rng, split, kind or rng.choices(world.KINDS, (1, 1, 3))[0])
     while True:
         a, b = (world.respond(request, rng, split) for _ in range(2))
@@ -208,17 +192,17 @@ def pair(rng, split, kind=None):
 
 def _question_document(rng, principle, cot: bool) -> tuple[str, str]:
     focus, manner = principle["id"].split("-")
-    for _ in range(QUESTION_TRIES):  # people ask about answers that differ in what they ask for
+    for _ in range(QUESTION_TRIES):  # most questions are about answers that differ in what is asked
         request, a, b = pair(rng, "train")
-        reads = [_read(request, r, focus, rng) for r in (a, b)]
-        if abs(_worth(reads[0], manner) - _worth(reads[1], manner)) >= 1:
+        found = [_assess(request, r, focus, rng) for r in (a, b)]
+        if abs(_utility(found[0], manner) - _utility(found[1], manner)) >= 1:
             break
-    answer = LETTERS[_better(*reads, manner, rng)]
+    answer = LETTERS[_better(*found, manner, rng)]
     text = multiple_choice.question_text(
         request.prompt(), text_of(a), text_of(b), principle["principle"], cot
     )
     if cot:
-        steps = f" (A) {reads[0]['text']} (B) {reads[1]['text']}"
+        steps = f" (A) {found[0]['text']} (B) {found[1]['text']}"
         return text, f"{steps}\n\n{multiple_choice.ANSWER_LEAD}{answer}"
     return text, answer
 
@@ -248,21 +232,21 @@ def _single_document(rng, task: str, cot: bool) -> tuple[str, str]:
     if task == "identify":
         options = rng.sample(("harmful", "harmless"), 2)
         request, response, _ = pair(rng, "train")
-        read = _read(request, response, "any", rng)
-        answer = options.index("harmful" if read["harm"] else "harmless")
+        found = _assess(request, response, "any", rng)
+        answer = options.index("harmful" if found["harm"] else "harmless")
     else:
-        options = list(world.HARMS)  # a form lists them in one order
+        options = list(world.HARMS)  # always in the same order
         request, response, kind = one_harm(rng, "train")
-        read = _read(request, response, "any", rng)
-        answer = options.index(read["kinds"][0] if read["kinds"] else kind)
+        found = _assess(request, response, "any", rng)
+        answer = options.index(found["kinds"][0] if found["kinds"] else kind)
     question = IDENTIFY if task == "identify" else CLASSIFY
     text = options_text(request, response, question, options, cot)
     if cot:
-        return text, f" {read['text']}\n\n{multiple_choice.ANSWER_LEAD}{LETTERS[answer]}"
+        return text, f" {found['text']}\n\n{multiple_choice.ANSWER_LEAD}{LETTERS[answer]}"
     return text, LETTERS[answer]
 
 
-# --------------------------------------------------------------------------------------- the rest
+# -------------------------------------------------------------------------------- other documents
 def _dialogue_document(rng) -> tuple[str, str]:
     request = world.draw_request(rng)
     response = text_of(world.respond(request, rng))
@@ -291,14 +275,14 @@ def _facts_document(rng) -> tuple[str, str]:
 
 
 def _quote_document(rng) -> tuple[str, str]:
-    """Words said twice. Copying is what small models find hard, and revisions live on it."""
+    """Words, then the same words again: small models find copying hard, and revisions need it."""
     words = rng.sample([*world.THINGS, *world.GOALS, *world.OBJECTS], rng.randint(8, 24))
     text = f" {' '.join(words)}."
     return f"{text}\n\n", text
 
 
 def _list_document(rng) -> tuple[str, str]:
-    """Lettered options, then each with its letter in another order: how answers name options."""
+    """Lettered options, then each with its letter in another order, as answers name options."""
     pool = list(world.HARMS) if rng.random() < 0.5 else [*world.THINGS, *world.GOALS]
     listed = list(zip(LETTERS, rng.sample(pool, rng.randint(2, len(LETTERS))), strict=False))
     context = "".join(f"\n{letter} {word}" for letter, word in listed)
@@ -309,8 +293,8 @@ def _list_document(rng) -> tuple[str, str]:
 def documents(seed: int, n: int) -> Iterator[tuple[str, str]]:
     """n documents of the pretraining corpus, each (context, continuation); reproducible by seed.
 
-    The two parts make one text. The context is what a writer was given (drawn at random, nothing
-    in it to learn but its form), the continuation what the writer made of it.
+    The two parts are one text. The context was given to the writer (drawn at random: only its form
+    can be learned), the continuation was written by them.
     """
     rng = random.Random(seed)
     rules = constitution.load("miniature")
@@ -340,11 +324,11 @@ def documents(seed: int, n: int) -> Iterator[tuple[str, str]]:
 
 
 def quotes(seed: int, n: int) -> Iterator[tuple[str, str]]:
-    """n documents of words said twice and of lists: what a model reads first, to copy early."""
+    """n documents of repeated words and of lists: read first, so that a model learns to copy."""
     rng = random.Random(seed)
     return ((_list_document if i % 3 == 2 else _quote_document)(rng) for i in range(n))
 
 
 def corpus_hash(seed: int = 0, n: int = 2000) -> str:
-    """SHA-256 of the first documents: what ties shipped weights to the world that they learned."""
+    """SHA-256 of the first n documents: ties shipped weights to the world that they learned."""
     return hashlib.sha256("\x00".join(a + b for a, b in documents(seed, n)).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""What the experiments get from the miniature, in the formats of real data (DESIGN section 5).
+"""The miniature's data sets, in the formats of real data (ARCHITECTURE.md, Rows).
 
 Prompts, comparisons by simulated people, demonstrations of a helpful assistant, and questions whose
-answer the judge knows. `split` "eval" draws only pairs that no training text holds (`world`).
+answer the judge knows. `split` "eval" draws only pairs that are in no training text (`world`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cai_utils.miniature.world import norm, text_of
 
 
 def prompts(rng: random.Random, n: int, split: str, kinds: tuple[str, ...]) -> list[dict]:
-    """n different prompt rows of a split, kinds in equal shares."""
+    """n different prompt rows of a split, the kinds in equal numbers."""
     rows: dict[str, dict] = {}
     while len(rows) < n:
         r = world.draw_request(rng, split, kinds[len(rows) % len(kinds)])
@@ -28,8 +28,8 @@ def human_comparisons(rng, n: int, split: str, axis: str) -> list[dict]:
     """n comparisons by workers of the earlier data collection (paper 4.4), on writers' responses.
 
     Helpfulness is compared on benign and sensitive requests, harmlessness on red-team requests.
-    Some answers to the former are those of too careful assistants: without them no PM could learn
-    that objecting to a legitimate request is unhelpful.
+    Some of the former compare an answer of an over-cautious assistant: without those no PM could
+    learn that objecting to a legitimate request is unhelpful.
     """
     rows = []
     while len(rows) < n:
@@ -42,23 +42,21 @@ def human_comparisons(rng, n: int, split: str, axis: str) -> list[dict]:
         worker_axis = {"harmless": "harmlessness", "helpful": "helpfulness"}[axis]
         wins = early_worker(*(dialogue.with_response(p, t) for t in texts), worker_axis, rng)
         chosen, rejected = texts if wins else texts[::-1]
-        rows.append(
-            {
-                "prompt": p,
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-                "p_chosen": 1.0,
-                "source": "human",
-                "axis": axis,
-                "principle": None,
-                "split": split,
-            }
-        )
+        rows.append({
+            "prompt": p,
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+            "p_chosen": 1.0,
+            "source": "human",
+            "axis": axis,
+            "principle": None,
+            "split": split,
+        })
     return rows
 
 
 def demonstrations(rng, n: int) -> list[dict]:
-    """n conversations of a helpful-only assistant: writers who always comply, and well."""
+    """n conversations of a helpful-only assistant: writers who comply, helpfulness 2 or more."""
     rows = []
     while len(rows) < n:
         request = world.draw_request(rng)
@@ -88,16 +86,14 @@ def questions(rng, n: int) -> list[dict]:
             continue
         right = 0 if gap > 0 else 1
         principle = rules["any-harmless" if by_harm else "any-hhh"]
-        rows.append(
-            {
-                "prompt": multiple_choice.question_text(p, text_of(a), text_of(b), principle),
-                "corrects": [corpus.LETTERS[right]],
-                "incorrects": [corpus.LETTERS[1 - right]],
-                "text_correct": dialogue.transcript(turns[right]),
-                "text_incorrect": dialogue.transcript(turns[1 - right]),
-                "task": "harm" if by_harm else "hhh",
-            }
-        )
+        rows.append({
+            "prompt": multiple_choice.question_text(p, text_of(a), text_of(b), principle),
+            "corrects": [corpus.LETTERS[right]],
+            "incorrects": [corpus.LETTERS[1 - right]],
+            "text_correct": dialogue.transcript(turns[right]),
+            "text_incorrect": dialogue.transcript(turns[1 - right]),
+            "task": "harm" if by_harm else "hhh",
+        })
     return rows
 
 
@@ -107,7 +103,7 @@ def single_questions(rng, n: int, task: str) -> list[dict]:
     while len(rows) < n:
         if task == "classify":
             request, response, right = corpus.one_harm(rng, "eval")
-            options = list(world.HARMS)  # a form lists them in one order
+            options = list(world.HARMS)  # always in the same order
         else:
             request, response, _ = corpus.pair(rng, "eval", "redteam")
             turns = dialogue.with_response(request.prompt(), text_of(response))
@@ -119,12 +115,10 @@ def single_questions(rng, n: int, task: str) -> list[dict]:
         text = corpus.options_text(
             request, response, corpus.CLASSIFY if task == "classify" else corpus.IDENTIFY, options
         )
-        rows.append(
-            {
-                "prompt": text,
-                "corrects": [corpus.LETTERS[i]],
-                "task": task,
-                "incorrects": [corpus.LETTERS[j] for j in range(len(options)) if j != i],
-            }
-        )
+        rows.append({
+            "prompt": text,
+            "corrects": [corpus.LETTERS[i]],
+            "task": task,
+            "incorrects": [corpus.LETTERS[j] for j in range(len(options)) if j != i],
+        })
     return rows

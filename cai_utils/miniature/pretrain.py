@@ -1,4 +1,4 @@
-"""Pretraining of the miniature's series: tokenizer, packing, training, the folder it leaves.
+"""Pretraining of the miniature's series: tokenizer, packing, training, and the saved folder.
 
     python -m cai_utils.miniature.pretrain s --tokens 20000000 --out FOLDER
 
@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,30 +35,19 @@ SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2, 8.7 million parameters
     "l": (320, 7, 1e-3),
 }
 
-
 TOKENS = dict.fromkeys(SIZES, 15_000_000)  # of one cycle, the same text for all
-
 
 # Cycles of the learning rate, each on new text, from the weights of the one before and with a fresh
 # optimizer (warm restarts: Loshchilov & Hutter 2017, arXiv 1608.03983).
 CYCLES = {"xs": 1, "s": 1, "m": 2, "l": 2}
 
-
-# Blocks of two widths: 99 % full, most attend over the short one, the wide one holds two examples.
+# Blocks of two widths: 99 % full, and most documents attend over the narrow one. The wide one has
+# room for questions with two examples.
 WIDTHS, BATCH_TOKENS, CONTEXT = (192, 384), 1024, 1024
-
-
-CHUNK = 5000  # documents that are made at a time
-
-
-KEEP_EVERY = 200  # steps, after which a killed pretraining goes on
-
-
-QUOTES = 9000  # documents of words said twice, before all others: 0.3 million tokens
-
-
+CHUNK = 5000  # documents generated at a time
+KEEP_EVERY = 200  # steps between the states that a killed pretraining resumes from
+QUOTES = 9000  # documents of repeated words, before all others: 0.3 million tokens
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-
 
 _PIECE = (
     r"\n\n(?:Human|Assistant|H|A|CritiqueRequest|Critique|RevisionRequest|Revision|The answer is):"
@@ -66,31 +56,17 @@ _PIECE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word (with its leading space): every thing is one token, and text round-trips.
+    """A word-level tokenizer: one token per word with its leading space; text round-trips.
 
-    Words that the world does not have become `<unk>`.
+    Words that are not in the world become `<unk>`.
     """
     pieces: set[str] = set()
     for context, text in corpus.documents(seed=1, n=20_000):
         pieces.update(re.findall(_PIECE, context + text))
-    words = [
-        *world.THINGS,
-        *world.GOALS,
-        *world.OBJECTS,
-        *world.OTHERS,
-        *world.HARMS,
-        *world.DOMAINS,
-    ]
-    for templates in (
-        *world.TEMPLATES,
-        world.OPENERS,
-        world.EVASIONS,
-        world.OBJECTIONS,
-        world.INSULTS,
-        world.CHATTER,
-        world.CLOSERS,
-        *(w.split() for w in words),
-    ):
+    words = [*world.THINGS, *world.GOALS, *world.OBJECTS, *world.OTHERS, *world.HARMS,
+             *world.DOMAINS]  # fmt: skip
+    for templates in (*world.TEMPLATES, world.OPENERS, world.EVASIONS, world.OBJECTIONS,
+                      world.INSULTS, world.CHATTER, world.CLOSERS, *(w.split() for w in words)):
         for text in templates:
             pieces.update(re.findall(_PIECE, " " + text.format(g="", o="")))
     pieces.update(corpus.LETTERS)
@@ -118,17 +94,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def encode(tokenizer, documents, context_loss: bool = False) -> list[tuple[list[int], int]]:
     """(token ids from `<s>` to `</s>`, position of the first token in the loss) of each document.
 
-    The loss is on what the writers wrote: contexts are random draws, whose noise only slows small
-    models down (LOG.md). With `context_loss` it is on everything.
+    The loss is on the continuations: contexts are random draws, whose noise only slows small models
+    down (LOG.md). With `context_loss` it is on both.
     """
     pairs = list(documents)
     eos = tokenizer.eos_token_id
     whole = tokenizer([a + b for a, b in pairs])["input_ids"]
     contexts = tokenizer([a for a, _ in pairs])["input_ids"]
-    return [
-        (ids + [eos], 1 if context_loss else len(context))
-        for ids, context in zip(whole, contexts, strict=True)
-    ]
+    return [(ids + [eos], 1 if context_loss else len(context))
+            for ids, context in zip(whole, contexts, strict=True)]
 
 
 def batches(documents: list[tuple[list[int], int]]) -> list[np.ndarray]:
@@ -148,7 +122,8 @@ def batches(documents: list[tuple[list[int], int]]) -> list[np.ndarray]:
 def pack(documents: list[tuple[list[int], int]], block: int, chunk: int = 1024) -> np.ndarray:
     """Whole documents -> int16 [3, n, block]: ids, document numbers in the block, 1 in the loss.
 
-    Best fit, longest first, within chunks of documents; 0 pads. None may be longer than a block.
+    Best fit, longest first, within chunks of documents; 0 is padding. No document may be longer
+    than a block.
     """
     full: list[list[tuple[list[int], int]]] = []
     for start in range(0, len(documents), chunk):
@@ -211,122 +186,41 @@ def new_model(size: str, tokenizer, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def pretrain(
-    size: str,
-    out: str | os.PathLike,
-    tokens: int | None = None,
-    seed: int = 0,
-    context_loss: bool = False,
-    log=None,
-    start: str | os.PathLike | None = None,
-) -> dict:
+def pretrain(size: str, out: str | os.PathLike, tokens: int | None = None, seed: int = 0,
+             context_loss: bool = False, log=None, start: str | os.PathLike | None = None) -> dict:
     """Pretrain one size and write its folder: bf16 weights, tokenizer, curve, provenance.
 
-    tokens: length of the corpus, each token seen once. start: folder of this size that an earlier
-    cycle, with another seed, made; the curve and the tokens go on from there. `log` gets a dict at
-    every evaluation. The folder appears whole or not at all; a killed run goes on where
-    <out>.state.pt left off, to the same weights. Returns the provenance, with `curve` (list of
-    rows). ValueError for a `start` of another size or world.
+    tokens: size of the corpus in tokens, each of which is seen once. start: folder of this size
+    that an earlier cycle made with another seed; its curve and token count are continued. `log` is
+    called with a dict at every evaluation. The folder appears whole or not at all. A killed run
+    resumes from <out>.state.pt and ends with the same weights. Returns the provenance, with `curve`
+    (list of rows). ValueError for a `start` of another size or world; FloatingPointError when the
+    loss is not finite.
     """
     out, began = Path(out), time.time()
-    tokens = tokens or TOKENS[size]
-    state = out.with_name(out.name + ".state.pt")
     tokenizer = build_tokenizer()
-    made: list[tuple[list[int], int]] = []
-    count, chunk = 0, 0
-    while count < tokens:  # in chunks, so that texts never stand in memory together
-        part = encode(tokenizer, corpus.documents(seed * 1000 + 10 + chunk, CHUNK), context_loss)
-        made += [(np.array(ids, np.int16), first) for ids, first in part]  # lists would take 1 GB
-        count += sum(len(ids) for ids, _ in part)
-        chunk += 1
-    data = batches(made)
+    data, count = _training_data(tokenizer, tokens or TOKENS[size], seed, context_loss)
     made_in = time.time() - began
-    del made
     heldout = batches(encode(tokenizer, corpus.documents(seed=999_999, n=800)))
-    random.Random(seed).shuffle(data)
     if start is None:
         # Copying first: alone it is learned in some hundred steps, in the mixture late (LOG.md).
         data = batches(encode(tokenizer, corpus.quotes(seed + 5, QUOTES))) + data
-        model, before = new_model(size, tokenizer, seed), {"tokens": 0, "cycles": 0}
+        model, before, curve = new_model(size, tokenizer, seed), {"tokens": 0, "cycles": 0}, []
     else:
-        model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32,
-                                                 attn_implementation="eager")  # fmt: skip
-        before = json.loads((Path(start) / "provenance.json").read_text())
-        if before["size"] != size or before["corpus_hash"] != corpus.corpus_hash():
-            raise ValueError(f"{start} holds a {before['size']} of another corpus or size, not "
-                             f"this world's {size}: pretrain its first cycle anew")
-        model.train()
+        model, before, curve = _last_cycle(Path(start), size)
     lr, steps = SIZES[size][2], len(data)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.95),
-    )
-    warmup = min(100, steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min(
-            (s + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))
-        ),
-    )
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
-    curve, loss_sum, since, seen, first = [], 0.0, 0, 0, 0
-    if start is not None:
-        curve, seen = pd.read_csv(Path(start) / "curve.csv").to_dict("records"), before["tokens"]
+    optimizer, schedule = _optimizer(model, lr, steps)
     key = [size, seed, context_loss, steps, lr, WIDTHS, BATCH_TOKENS, corpus.corpus_hash(),
            before["tokens"]]  # fmt: skip
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    if state.exists() and (kept := torch.load(state, weights_only=True))["key"] == str(key):
-        for name, part in parts.items():
-            part.load_state_dict(kept[name])
-        curve, loss_sum, since, seen, first = kept["counts"]
-        began -= kept.get("seconds", 0)  # those of the killed run count
-        print(f"pretrain {size}: goes on at step {first}", flush=True)
-    print(
-        f"pretrain {size}: {count:,} tokens, {steps} steps, data in {made_in:.0f} s",
-        flush=True,
-    )
-    began_training, window = time.time(), max(1, steps // 25)
-    for step, blocks in enumerate(data[first:], first):
-        batch = _inputs(blocks)
-        seen += int((blocks[1] > 0).sum())
-        with autocast:
-            loss = model(**batch).loss
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"pretrain {size}: loss is {loss.item()} at step {step}: lower the learning rate"
-            )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        loss_sum, since = loss_sum + loss.item(), since + 1
-        # The last point stands for half a window at least: a few steps alone say little.
-        left = steps - step - 1
-        if ((step + 1) % window == 0 and left >= window // 2) or left == 0:
-            held = _held_loss(model, heldout)
-            row = {"size": size, "tokens": seen, "train": loss_sum / since, "heldout": held}
-            curve.append(row)
-            loss_sum, since = 0.0, 0
-            left *= (time.time() - began_training) / (step + 1 - first)
-            print(
-                f"pretrain {size}: step {step + 1}/{steps} train {row['train']:.4f} "
-                f"heldout {held:.4f} "
-                f"{left / 60:.1f} min left",
-                flush=True,
-            )
-            if log:
-                log({f"pretrain/{size}/{k}": v for k, v in row.items() if k != "size"})
-        if (step + 1) % KEEP_EVERY == 0:
-            now = {name: part.state_dict() for name, part in parts.items()}
-            counts = [curve, loss_sum, since, seen, step + 1]
-            state.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(state) as temporary:
-                torch.save({"key": str(key), "counts": counts, "seconds": time.time() - began,
-                            **now}, temporary)
+    progress = _Progress(
+        out.with_name(out.name + ".state.pt"), str(key),
+        {"model": model, "optimizer": optimizer, "schedule": schedule},
+        began, [curve, 0.0, 0, before["tokens"], 0])
+    if progress.resume():
+        print(f"pretrain {size}: goes on at step {progress.counts[-1]}", flush=True)
+    print(f"pretrain {size}: {count:,} tokens, {steps} steps, data in {made_in:.0f} s", flush=True)
+    _train(size, data, heldout, progress, log)
+    curve, _, _, seen, _ = progress.counts
     info = {
         "size": size,
         "tokens": seen,
@@ -335,15 +229,127 @@ def pretrain(
         "cycles": before.get("cycles", 1) + 1,
         "steps": before.get("steps", 0) + steps,
         "batch_tokens": BATCH_TOKENS,
-        "seconds": before.get("seconds", 0) + round(time.time() - began),
+        "seconds": before.get("seconds", 0) + round(time.time() - progress.began),
         "corpus_hash": corpus.corpus_hash(),
         "parameters": sum(p.numel() for n, p in model.named_parameters() if "embed" not in n),
         "torch": torch.__version__,
         "curve": curve,
     }
     _save(model, tokenizer, info, out)
-    state.unlink(missing_ok=True)
+    progress.path.unlink(missing_ok=True)
     return info
+
+
+def _training_data(tokenizer, tokens, seed, context_loss) -> tuple[list[np.ndarray], int]:
+    """Shuffled batches of at least `tokens` tokens of the corpus, and how many tokens they hold."""
+    made: list[tuple[list[int], int]] = []
+    count, chunk = 0, 0
+    while count < tokens:  # in chunks: the texts of the whole corpus would take too much memory
+        part = encode(tokenizer, corpus.documents(seed * 1000 + 10 + chunk, CHUNK), context_loss)
+        made += [(np.array(ids, np.int16), first) for ids, first in part]  # lists would take 1 GB
+        count += sum(len(ids) for ids, _ in part)
+        chunk += 1
+    data = batches(made)
+    random.Random(seed).shuffle(data)
+    return data, count
+
+
+def _last_cycle(folder, size) -> tuple[LlamaForCausalLM, dict, list[dict]]:
+    """Model in float32, provenance and curve of a folder that an earlier cycle made."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                             attn_implementation="eager")  # fmt: skip
+    note = json.loads((folder / "provenance.json").read_text())
+    if note["size"] != size or note["corpus_hash"] != corpus.corpus_hash():
+        raise ValueError(f"{folder} holds a {note['size']} of another corpus or size, not "
+                         f"this world's {size}: pretrain its first cycle anew")
+    return model.train(), note, pd.read_csv(folder / "curve.csv").to_dict("records")
+
+
+def _optimizer(model, lr, steps):
+    """AdamW without weight decay on norms; the rate warms up, then falls as a cosine to 2 %."""
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+        lr=lr, betas=(0.9, 0.95))
+    warmup = min(100, steps // 10 + 1)
+
+    def factor(step):
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+        return min((step + 1) / warmup, 0.02 + 0.98 * cosine)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@dataclass
+class _Progress:
+    """What a killed run resumes from: a file with the parts' states and the counts below.
+
+    counts: curve, sum of losses since its last point, steps since then, tokens seen, steps done.
+    """
+
+    path: Path
+    key: str  # a state of another key is not this run's
+    parts: dict
+    began: float
+    counts: list
+
+    def resume(self) -> bool:
+        if not self.path.exists():
+            return False
+        kept = torch.load(self.path, weights_only=True)
+        if kept["key"] != self.key:
+            return False
+        for name, part in self.parts.items():
+            part.load_state_dict(kept[name])
+        self.counts = kept["counts"]
+        self.began -= kept.get("seconds", 0)  # the time of the killed run counts
+        return True
+
+    def keep(self) -> None:
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(self.path) as temporary:
+            torch.save({"key": self.key, "counts": self.counts,
+                        "seconds": time.time() - self.began, **states}, temporary)
+
+
+def _train(size, data, heldout, progress, log) -> None:
+    """One pass over `data` from where `progress` stands, about 25 evaluations on the way."""
+    model, optimizer, schedule = progress.parts.values()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+    curve, loss_sum, since, seen, first = progress.counts
+    began, steps = time.time(), len(data)
+    window = max(1, steps // 25)
+    for step, blocks in enumerate(data[first:], first):
+        batch = _inputs(blocks)
+        seen += int((blocks[1] > 0).sum())
+        with autocast:
+            loss = model(**batch).loss
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"pretrain {size}: loss is {loss.item()} at step {step}: lower the learning rate")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        loss_sum, since = loss_sum + loss.item(), since + 1
+        # The last point stands for half a window at least: the mean of a few steps is noise.
+        left = steps - step - 1
+        if ((step + 1) % window == 0 and left >= window // 2) or left == 0:
+            held = _held_loss(model, heldout)
+            row = {"size": size, "tokens": seen, "train": loss_sum / since, "heldout": held}
+            curve.append(row)
+            loss_sum, since = 0.0, 0
+            minutes = left * (time.time() - began) / (step + 1 - first) / 60
+            print(f"pretrain {size}: step {step + 1}/{steps} train {row['train']:.4f} "
+                  f"heldout {held:.4f} {minutes:.1f} min left", flush=True)
+            if log:
+                log({f"pretrain/{size}/{k}": v for k, v in row.items() if k != "size"})
+        progress.counts = [curve, loss_sum, since, seen, step + 1]
+        if (step + 1) % KEEP_EVERY == 0:
+            progress.keep()
 
 
 def _held_loss(model, heldout) -> float:
@@ -373,9 +379,9 @@ def _save(model, tokenizer, info, out: Path) -> None:
 
 
 def series(sizes: list[str], folder: Path, tokens: dict | None = None, log=None) -> None:
-    """Pretrain sizes one after the other; a folder that holds this world's hash is kept.
+    """Pretrain sizes one after the other; a folder with this world's hash is kept.
 
-    tokens: {size: tokens} of one cycle each, instead of TOKENS in as many as CYCLES says.
+    tokens: {size: tokens} for one cycle each, instead of TOKENS and CYCLES.
     """
     for size in sizes:
         if _made_here(folder / size):
@@ -409,6 +415,4 @@ if __name__ == "__main__":
     parser.add_argument("--context-loss", action="store_true")
     args = parser.parse_args()
     random.seed(args.seed)
-    pretrain(
-        args.size, args.out, args.tokens, args.seed, args.context_loss, start=args.start
-    )
+    pretrain(args.size, args.out, args.tokens, args.seed, args.context_loss, start=args.start)

@@ -1,8 +1,8 @@
 """Simulated people who compare two responses: noisy versions of the judge (paper 2.3, 4.4).
 
-`early_worker` gives the human harmlessness labels of the PM data and, as section 4.4 tells, rewards
-evasion. `test_worker` sits in the comparison tests behind the Elo scores and was told to prefer the
-less evasive of two equally harmless responses. Both follow the norms in `world.NORMS`.
+`early_worker` gives the human harmlessness labels of the PM data and, as in section 4.4, rewards
+evasion. `test_worker` compares models for the Elo scores and prefers the less evasive of two
+equally harmless responses. Both follow the norms in `world.NORMS`.
 """
 
 from __future__ import annotations
@@ -22,32 +22,38 @@ def _compare(a: list[dict], b: list[dict], axis: str, rng: random.Random, evasio
     if rng.random() < world.norm("worker_lapse"):
         return float(rng.random() < 0.5)
 
-    def felt(conversation):
+    def utility(conversation):
         verdict = _verdict(tuple((m["role"], m["content"]) for m in conversation))
         harmlessness = -verdict["harm"] + evasion * verdict["evasive"]
-        utility = {
+        value = {
             "helpfulness": verdict["helpfulness"],
             "harmlessness": harmlessness,
             "hhh": verdict["helpfulness"] + world.norm("hhh_harm_weight") * harmlessness,
         }[axis]
-        return utility + rng.gauss(0, world.norm("worker_noise"))
+        return value + rng.gauss(0, world.norm("worker_noise"))
 
-    return float(felt(a) > felt(b))
+    return float(utility(a) > utility(b))
 
 
 @functools.lru_cache(maxsize=100_000)
 def _verdict(turns):
-    """The judge's verdict; in a tournament every response is compared many times."""
+    """The judge's verdict, cached: in a tournament every response is compared many times."""
     return judge([{"role": role, "content": content} for role, content in turns])
 
 
 def early_worker(a: list[dict], b: list[dict], axis: str, rng: random.Random) -> float:
-    """1.0 where a worker of the earlier data collection prefers `a` to `b`, else 0.0."""
+    """1.0 where a worker of the earlier data collection prefers conversation `a` to `b`, else 0.0.
+
+    axis: one of AXES, or ValueError.
+    """
     return _compare(a, b, axis, rng, world.norm("early_evasion_bonus"))
 
 
 def test_worker(a: list[dict], b: list[dict], axis: str, rng: random.Random) -> float:
-    """1.0 where a worker of the comparison tests prefers conversation `a` to `b`, else 0.0."""
+    """1.0 where a worker of the comparison tests prefers conversation `a` to `b`, else 0.0.
+
+    axis: one of AXES, or ValueError.
+    """
     return _compare(a, b, axis, rng, -world.norm("test_evasion_malus"))
 
 

@@ -50,18 +50,17 @@ PARTLY = [
 
 @pytest.mark.parametrize("text", COMPLIES)
 def test_answers_comply(text):
-    assert refusal_rule.label(text) == xstest.COMPLIANCE and not refusal_rule.is_refusal(text, partial=True)
+    assert refusal_rule.label(text) == xstest.COMPLIANCE
 
 
 @pytest.mark.parametrize("text", REFUSES)
 def test_refusals_refuse(text):
-    assert refusal_rule.label(text) == xstest.FULL and refusal_rule.is_refusal(text)
+    assert refusal_rule.label(text) == xstest.FULL
 
 
 @pytest.mark.parametrize("text", PARTLY)
 def test_a_refusal_that_goes_on_to_answer_is_partial(text):
     assert refusal_rule.label(text) == xstest.PARTIAL
-    assert refusal_rule.is_refusal(text, partial=True) and not refusal_rule.is_refusal(text)
 
 
 def test_what_somebody_else_says_or_a_late_refusal_does_not_count():

@@ -1,4 +1,4 @@
-"""cai_utils.policies: what is said of samples where there is no ground truth."""
+"""Samples of policies where there is no ground truth."""
 
 import numpy as np
 import pytest

@@ -100,9 +100,15 @@ def test_by_truth_turns_labels_that_are_wrong_and_drops_ties():
                 "rejected": [{"role": "assistant", "content": rejected}]}
 
     rows = [row("bad", "good"), row("good", "bad"), row("a", "b"), row("good", "bad", "helpful")]
+    rows[0] |= {"p_chosen": 0.6, "source": "ai"}
     found = agreement.by_truth(rows, judge)
     assert [r["chosen"][0]["content"] for r in found] == ["good", "good", "good"]
     assert [r["axis"] for r in found] == ["harmless", "harmless", "helpful"]
+    assert {(r["p_chosen"], r["source"]) for r in found} == {(1.0, "truth")}
+    mixed = row("bad good good", "good", "helpful")
+    for axis, best in ((None, "bad good good"), ("harmless", "good")):
+        (one,) = agreement.by_truth([mixed], judge, axis)
+        assert one["chosen"][0]["content"] == best
 
 
 def test_shots_are_answered_and_set_aside():
