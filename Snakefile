@@ -69,8 +69,8 @@ def runs_of(notebook):
     return [("-".join([notebook, *map(str, point.values())]), point) for point in points]
 
 
-def executed(name):
-    return f"runs/{PROFILE}/executed/{name}.ipynb"
+def executed(name, ending="ipynb"):
+    return f"runs/{PROFILE}/executed/{name}.{ending}"
 
 
 def inputs(notebook):
@@ -123,7 +123,7 @@ PRETRAIN = str(config.get("pretrain", "")).lower() in ("1", "true", "yes")
 
 rule all:
     input:
-        [executed(name) for _, name, _ in RUNS],
+        [executed(name, ending) for _, name, _ in RUNS for ending in ("ipynb", "stamp.json")],
     default_target: True
 
 
@@ -136,7 +136,9 @@ for NOTEBOOK, NAME, POINT in RUNS:
             inputs(NOTEBOOK),
             upstream(NOTEBOOK, POINT),
         output:
-            update(executed(NAME)),  # not deleted first: it stays when it is up to date
+            # Not deleted first: they stay where the run is up to date.
+            update(executed(NAME)),
+            update(executed(NAME, "stamp.json")),
         priority: FIRST.get(NOTEBOOK, 1)
         threads: workflow.cores if NOTEBOOK in ALONE else int(config.get("threads", 1))
         message:
