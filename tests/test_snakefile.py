@@ -209,7 +209,7 @@ def test_what_snakemake_finds_newer_runs_only_if_its_contents_have_changed(lab):
     package = lab / "cai_utils"
     for path in package.rglob("*.py"):
         os.utime(path)
-    assert False not in really(lab)[0].values()  # Snakemake itself sees that small ones are the same
+    assert False not in really(lab)[0].values()  # Snakemake itself skips small files by content
     # How figures look is nobody's business, and a docstring changes no number.
     plots = package / "figures" / "plots.py"
     plots.write_text(plots.read_text() + "\nLABEL = 'another'\n")
