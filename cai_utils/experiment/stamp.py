@@ -55,16 +55,20 @@ def changes(folder: Path, name: str, now: dict) -> list[str]:
 
 
 def write(folder: Path, name: str, now: dict) -> None:
-    """Note that run ``name`` has ended. Runs whose results it has overwritten lose their stamps, so
-    that the batch makes those results again."""
+    """Note what decided run ``name``, which has ended, with what ``Run.finish`` recorded of it."""
     executed = folder / "executed"
     record = read_json(executed / f"{name}.provenance.json")
-    read, made = record.get("read", {}), record.get("made", {})
-    write_json(executed / f"{name}.stamp.json", {**now, "read": read, "made": made})
-    for stamp in executed.glob("*.stamp.json"):
-        theirs = read_json(stamp).get("made", {})
-        if any(theirs.get(path, sha) != sha for path, sha in made.items()):
-            stamp.unlink()
+    handed = {kind: record.get(kind, {}) for kind in ("read", "made")}
+    write_json(executed / f"{name}.stamp.json", now | handed)
+
+
+def remove_overwritten(folder: Path, made: dict) -> None:
+    """Remove the stamps of runs that made one of these results otherwise, so that the batch makes
+    theirs again: no trial by hand passes for the run of the profile."""
+    for path in (folder / "executed").glob("*.stamp.json"):
+        theirs = read_json(path).get("made", {})
+        if any(theirs.get(name, sha) != sha for name, sha in made.items()):
+            path.unlink()
 
 
 def touch(folder: Path, name: str) -> None:
