@@ -156,7 +156,7 @@ def imported(node, package: str):
 
 
 def references(nodes, imports, definitions, package="") -> frozenset:
-    """What syntax trees name: chains (module, name, attribute, ...), with "" for their own module."""
+    """What syntax trees name: chains (module, name, attribute, ...); module "" is their own."""
     found, imports = set(), dict(imports)
     inside = [n for node in nodes for n in ast.walk(node)]
     for node in inside:
