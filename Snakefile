@@ -2,10 +2,10 @@
 #
 #   snakemake --cores 2 --config profile=miniature        (what `make figures` does)
 #
-# One rule a notebook. A profile has the notebooks for which params/<profile>/<notebook>.yaml
-# exists; `grid:` in that file makes several runs of one notebook (09_rl: method x size).
-# Snakemake looks at a notebook again when it, its parameters, a module that it uses or what it builds
-# on is newer than its last run; `run --if-changed` then compares contents, and runs it only if
+# One rule per run of a notebook. A profile has the notebooks for which
+# params/<profile>/<notebook>.yaml exists; `grid:` in that file makes several runs of one notebook
+# (09_rl: method x size). Snakemake schedules a run when the notebook, its parameters, a module that
+# it uses or an upstream run is newer; `run --if-changed` then compares contents, and runs it only if
 # something that decides its results has changed.
 import itertools
 import sys
@@ -35,8 +35,8 @@ NEEDS = {
     "10_elo": ["07_sl_cai", "09_rl"],
     "12_published_samples": ["02_preference_models"],
 }
-# Nothing can run beside the first and the last: they get every core, the others
-# one thread each (or --config threads=N).
+# Nothing can run beside these two: they get every core, the others one thread each (or --config
+# threads=N).
 ALONE = {"00_miniature", "10_elo"}
 # The longest path decides how long everything takes: when several can start, these go first.
 FIRST = {"03_critique_revision": 3, "07_sl_cai": 3, "08_ai_feedback": 3, "09_rl": 2}
@@ -69,8 +69,8 @@ def runs_of(notebook):
     return [("-".join([notebook, *map(str, point.values())]), point) for point in points]
 
 
-def executed(name):
-    return f"runs/{PROFILE}/executed/{name}.ipynb"
+def executed(name, ending="ipynb"):
+    return f"runs/{PROFILE}/executed/{name}.{ending}"
 
 
 def inputs(notebook):
@@ -92,7 +92,7 @@ def inputs(notebook):
 
 
 def upstream(notebook, point):
-    """Executed notebooks that come first. One that the profile leaves out passes on its own."""
+    """Executed notebooks that come first; for one that the profile leaves out, those before it."""
     waiting = registry.needs(point["method"]) if "method" in point else list(NEEDS[notebook])
     first = []
     if notebook in SCORED:
@@ -123,7 +123,7 @@ PRETRAIN = str(config.get("pretrain", "")).lower() in ("1", "true", "yes")
 
 rule all:
     input:
-        [executed(name) for _, name, _ in RUNS],
+        [executed(name, ending) for _, name, _ in RUNS for ending in ("ipynb", "stamp.json")],
     default_target: True
 
 
@@ -136,7 +136,9 @@ for NOTEBOOK, NAME, POINT in RUNS:
             inputs(NOTEBOOK),
             upstream(NOTEBOOK, POINT),
         output:
-            update(executed(NAME)),  # not deleted first: it stays when it is up to date
+            # Not deleted first: they stay where the run is up to date.
+            update(executed(NAME)),
+            update(executed(NAME, "stamp.json")),
         priority: FIRST.get(NOTEBOOK, 1)
         threads: workflow.cores if NOTEBOOK in ALONE else int(config.get("threads", 1))
         message:

@@ -33,7 +33,7 @@ def run(options) -> None:
     now, folder = stamp.ingredients(root, notebook, profile, overrides), root / "runs" / profile
     changed = stamp.changes(folder, name, now) if options.if_changed else []
     if options.if_changed and not changed:
-        os.utime(folder / "executed" / f"{name}.ipynb")
+        stamp.touch(folder, name)
         print(f"{name} | up to date", flush=True)
         return
     shown = f", {', '.join(options.values)}" if overrides else ""
@@ -43,7 +43,7 @@ def run(options) -> None:
     executed = execute(root, notebook, params, name)
     stamp.write(folder, name, now)
     if overrides and not options.name:  # the batch would run it with other parameters
-        stamp.outdate(executed)
+        stamp.remove(folder, name)
     print(
         f"{name} | done in {time.time() - before:.0f} s: {executed.relative_to(root)}", flush=True
     )

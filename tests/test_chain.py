@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cai_utils.experiment.params import GRID, read_params
 from cai_utils.figures import gallery
 
 ROOT = Path(__file__).resolve().parents[1]
+METHODS = read_params(ROOT / "params/smoke/09_rl.yaml")[GRID]["methods"]
 FIGURES = {  # figure -> columns that its table must have besides the estimate and its interval
     "fig02_elo_frontier": {"method", "size", "step", "helpfulness", "harmlessness"},
     "fig03_elo_scaling": {"method", "parameters", "axis"},
@@ -25,7 +28,6 @@ FIGURES = {  # figure -> columns that its table must have besides the estimate a
     "fig12_identify_classify": {"size", "method"},
     "pretraining_curves": {"size", "tokens", "loss"},
 }
-METHODS = ("helpful_rlhf", "hh_rlhf", "rl_cai", "rl_cai_cot")
 
 
 def environment(**more):
@@ -80,7 +82,7 @@ def test_behind_every_figure_stands_its_table(smoke, figure):
         assert (known["ci_low"] <= known["estimate"] + 1e-9).all()
         assert (known["estimate"] <= known["ci_high"] + 1e-9).all()
     for suffix in ("png", "pdf"):
-        assert (smoke / "figures/smoke" / f"{figure}.{suffix}").stat().st_size > 5000
+        assert (smoke / "runs/smoke/figures" / f"{figure}.{suffix}").stat().st_size > 5000
     provenance = json.loads((results / f"{figure}.provenance.json").read_text())
     assert {"params", "seed", "git", "versions"} <= set(provenance)
 
@@ -99,6 +101,42 @@ def test_the_gallery_shows_every_figure_with_the_numbers_of_its_tables(smoke):
         verdict = "above 0" if row.ci_low > 0 else "below 0" if row.ci_high < 0 else "undecided"
         number = f"{row.estimate:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
         assert f"{number} | {row.n:g} | {verdict}" in text
+
+
+def again(smoke):
+    """Runs the batch once more: ([what ran], [what was found up to date])."""
+    done = batch(smoke)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    output = done.stdout + done.stderr
+    ran = re.findall(r"^(\d\d_\S+) \| starts", output, re.M)
+    return sorted(ran), sorted(re.findall(r"^(\d\d_\S+) \| up to date", output, re.M))
+
+
+def test_only_what_changes_numbers_is_run_again(smoke):
+    assert again(smoke) == ([], [])
+    package = smoke / "cai_utils"
+    plots = package / "figures" / "plots.py"
+    plots.write_text(plots.read_text() + "\nLABEL = 'another'\n")
+    assert again(smoke) == ([], [])
+    sft = package / "sft.py"
+    sft.write_text(re.sub(r'    """(?=\w)', '    """In other words. ', sft.read_text(), count=1))
+    ran, kept = again(smoke)
+    assert ran == [] and "07_sl_cai" in kept and "10_elo" in kept
+    own = smoke / "params/smoke/03_critique_revision.yaml"
+    own.write_text(re.sub(r"n_shown: \d+", "n_shown: 7", own.read_text()))
+    ran, kept = again(smoke)
+    assert ran == ["03_critique_revision"] and "04_revision_iterations" in kept
+    assert again(smoke) == ([], [])
+
+
+def test_what_is_sampled_otherwise_is_sampled_again(smoke):
+    """And what depends on it: here the chains of 06 and the figure over them, nothing else."""
+    book = smoke / "notebooks/06_critique_ablation.ipynb"
+    text = book.read_text()
+    assert "critiqued=False, seed=seed" in text
+    book.write_text(text.replace("critiqued=False, seed=seed", "critiqued=False, seed=9"))
+    ran, kept = again(smoke)
+    assert ran == ["06_critique_ablation"] and kept == []
 
 
 def test_a_missing_upstream_result_names_the_notebook_that_makes_it(smoke):

@@ -3,6 +3,7 @@
 On a copy of the Snakefile and the package, with notebooks made here.
 """
 
+import json
 import os
 import re
 import shutil
@@ -36,7 +37,7 @@ ALL = sorted([*(name for name in NOTEBOOKS if name != "09_rl"), *RL])
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    root = tmp_path_factory.mktemp("lab")
+    root = tmp_path_factory.mktemp("a lab")  # a path with a space
     shutil.copy(REPOSITORY / "Snakefile", root)
     shutil.copytree(
         REPOSITORY / "cai_utils",
@@ -59,9 +60,10 @@ def lab(tmp_path_factory):
             + "n = 0\n" * (name == "06_critique_ablation")
         )
         cell.metadata.tags = ["parameters"]
-        # In a function, as this is about who imports what; torch would only take time.
+        # In a function, as this is about who uses what; torch would only take time.
         body = (
-            f"def uses():\n    {source}\nimport os\nprint('threads', os.environ['OMP_NUM_THREADS'])"
+            f"def uses():\n    {source}\n    return {source.split()[-1]}\n"
+            "import os\nprint('threads', os.environ['OMP_NUM_THREADS'])"
         )
         book.cells = [cell, nbformat.v4.new_code_cell(body)]
         nbformat.write(book, root / "notebooks" / f"{name}.ipynb")
@@ -69,6 +71,11 @@ def lab(tmp_path_factory):
     (root / "params" / "real").mkdir()
     for name in ("01_harm_identification", "03_critique_revision"):
         (root / "params" / "real" / f"{name}.yaml").write_text("")
+    # One whose grid would do harm in a shell that reads it.
+    (root / "params" / "shell").mkdir()
+    (root / "params" / "shell" / "06_critique_ablation.yaml").write_text(
+        "grid: {ns: [\"$(touch harm)\", \"a 'b' \\\"c\\\"\"]}\n"
+    )
     return root
 
 
@@ -111,10 +118,11 @@ def dry_run_details(lab, profile="miniature"):
 def finished(lab, stamp):
     """As after a run of everything that ended at time ``stamp``."""
     for name in ALL:
-        path = lab / "runs" / "miniature" / "executed" / f"{name}.ipynb"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
-        os.utime(path, (stamp, stamp))
+        for ending in ("ipynb", "stamp.json"):
+            path = lab / "runs" / "miniature" / "executed" / f"{name}.{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+            os.utime(path, (stamp, stamp))
 
 
 def change(path, text, stamp):
@@ -135,14 +143,15 @@ def test_every_notebook_has_its_jobs_and_waits_for_what_it_builds_on(lab):
     assert waits["08_ai_feedback"] == {"07_sl_cai"}
     for size in ("xs", "s"):
         assert waits[f"09_rl-helpful_rlhf-{size}"] == both
-        assert waits[f"09_rl-rl_cai-{size}"] == {"02_preference_models", "08_ai_feedback"}
+        assert waits[f"09_rl-rl_cai-{size}"] == {"07_sl_cai", "08_ai_feedback"}
     assert waits["10_elo"] == {*RL, "07_sl_cai"}
     inputs = re.findall(r"input: ([^\n]*)\n\s+output: \S*/executed/(\S+)\.ipynb", output)
     inputs = {name: set(files.split(", ")) for files, name in inputs}
     assert "cai_utils/miniature/weights/xs/config.json" in inputs["00_miniature"]
     assert "cai_utils/rl/ppo.py" in inputs["09_rl-rl_cai-s"]
     assert "cai_utils/rl/ppo.py" not in inputs["03_critique_revision"]
-    assert not any("cai_utils/experiment/run.py" in files for files in inputs.values())
+    every = set().union(*inputs.values())
+    assert not any(f.startswith(("cai_utils/experiment/", "cai_utils/figures/")) for f in every)
 
 
 @pytest.mark.parametrize("file", ["07_sl_cai", "_common"])
@@ -176,7 +185,7 @@ def test_a_profile_without_some_notebooks_runs_and_is_then_up_to_date(lab):
     code, output = snakemake(lab, "--quiet", "rules", "reason", profile="real", dry=False)
     assert code == 0, output
     executed = lab / "runs" / "real" / "executed"
-    assert sorted(p.name for p in executed.iterdir()) == [
+    assert sorted(p.name for p in executed.glob("*.ipynb")) == [
         "01_harm_identification.ipynb",
         "03_critique_revision.ipynb",
     ]
@@ -185,6 +194,56 @@ def test_a_profile_without_some_notebooks_runs_and_is_then_up_to_date(lab):
     assert "Figures of profile real" in output
     code, output = snakemake(lab, profile="real", dry=False)
     assert code == 0 and "Nothing to be done" in output, output
+
+
+def really(lab):
+    """Runs profile `real`; ({job: whether it was up to date}, the output)."""
+    code, output = snakemake(lab, "--quiet", "rules", "reason", profile="real", dry=False)
+    assert code == 0, output
+    ran = dict.fromkeys(re.findall(r"^(\d\d_\S+) \| starts", output, re.M), False)
+    return ran | dict.fromkeys(re.findall(r"^(\d\d_\S+) \| up to date", output, re.M), True), output
+
+
+def test_what_snakemake_finds_newer_runs_only_if_its_contents_have_changed(lab):
+    """After test_a_profile_without_some_notebooks, which has run both notebooks."""
+    package = lab / "cai_utils"
+    for path in package.rglob("*.py"):
+        os.utime(path)
+    assert False not in really(lab)[0].values()  # Snakemake itself skips small files by content
+    # How figures look is nobody's business, and a docstring changes no number.
+    plots = package / "figures" / "plots.py"
+    plots.write_text(plots.read_text() + "\nLABEL = 'another'\n")
+    assert really(lab)[0] == {}
+    feedback = package / "feedback.py"
+    text = feedback.read_text()
+    feedback.write_text('"""Another docstring."""\n' + text.partition('"""\n')[2])
+    assert really(lab)[0] == {"01_harm_identification": True}
+    feedback.write_text(text.replace("def label(", "PART = 1\n\n\ndef label("))
+    found, output = really(lab)
+    assert found == {"01_harm_identification": False}
+    assert "(changed: code cai_utils.feedback.*" in output
+    # Parameters by their values: what the notebook has anyway changes nothing.
+    own = lab / "params" / "real" / "03_critique_revision.yaml"
+    own.write_text("method: ''\n")
+    assert really(lab)[0] == {"03_critique_revision": True}
+    own.write_text("size: s\n")
+    assert really(lab)[0] == {"03_critique_revision": False}
+    own.write_text("")
+    # Without its record, or without its notebook, a run is made again.
+    executed = lab / "runs" / "real" / "executed"
+    (executed / "01_harm_identification.stamp.json").unlink()
+    (executed / "03_critique_revision.ipynb").unlink()
+    both = ("01_harm_identification", "03_critique_revision")
+    assert really(lab)[0] == dict.fromkeys(both, False)
+
+
+def test_values_are_no_shell_code(lab):
+    code, output = snakemake(lab, profile="shell", dry=False)
+    assert code == 0, output
+    assert not list(lab.rglob("harm"))
+    stamps = (lab / "runs" / "shell" / "executed").glob("*.stamp.json")
+    values = {json.loads(path.read_text())["params"]["n"] for path in stamps}
+    assert values == {"$(touch harm)", "a 'b' \"c\""}
 
 
 def test_mistakes_are_one_clear_error(lab):

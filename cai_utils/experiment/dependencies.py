@@ -21,7 +21,8 @@ OUTSIDE = re.compile(r"cai_utils\.(experiment|figures|__main__)(\.|$)")
 # "cai_utils.miniature.judge" or "cai_utils.miniature.judge:judge", as code and params name them.
 NAME = re.compile(r"(cai_utils(?:\.\w+)+)(?::(\w+))?")
 
-FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+ASSIGNMENT = ast.Assign | ast.AnnAssign | ast.AugAssign
 
 
 def ours(name: str) -> bool:
@@ -49,24 +50,31 @@ class Module:
         self.others = {}  # local name -> what it is in a package that is not ours
         self.statements = [Strip().visit(node) for node in ast.parse(source).body]
         self.statements = [node for node in self.statements if not _skipped(node)]
-        self.running = []
         for node in self.statements:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                bound, modules = imported(node, package)
-                self.imports |= bound
-                self.modules += modules
-                base = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-                self.others |= {a.asname or a.name.split(".")[0]: base + a.name for a in node.names}
-                continue
-            names = _bound(node)
-            for name in names:
+            # Imports may stand in a `try`.
+            for inner in [node] if isinstance(node, DEFINITION) else ast.walk(node):
+                if isinstance(inner, ast.Import | ast.ImportFrom):
+                    self._import(inner)
+            for name in _bound(node):
                 self.definitions.setdefault(name, []).append(node)
-            if not names or hasattr(node, "body") and not isinstance(node, FUNCTION | ast.ClassDef):
-                self.running.append(node)
-        # A decorator of this package may register what it decorates.
-        inside = {*self.imports, *self.definitions}
-        self.running += [node for node in self.statements
-                         if _names(getattr(node, "decorator_list", ())) & inside]  # fmt: skip
+        self.running = [node for node in self.statements if self._runs(node)]
+
+    def _import(self, node) -> None:
+        bound, modules = imported(node, self.package)
+        self.imports |= bound
+        self.modules += modules
+        base = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+        self.others |= {a.asname or a.name.split(".")[0]: base + a.name for a in node.names}
+
+    def _runs(self, node) -> bool:
+        """Whether a statement does more on import than bind a name."""
+        if isinstance(node, DEFINITION):
+            # A decorator of this package may register what it decorates.
+            return bool(_names(node.decorator_list) & {*self.imports, *self.definitions})
+        if isinstance(node, ASSIGNMENT):
+            targets = [n for t in _targets(node) for n in ast.walk(t)]
+            return any(isinstance(n, ast.Attribute | ast.Subscript) for n in targets)
+        return not isinstance(node, ast.Import | ast.ImportFrom)
 
     @functools.cache  # noqa: B019 (modules live as long as the process)
     def part(self, name: str) -> tuple[str, frozenset]:
@@ -86,7 +94,7 @@ def parsed(source: bytes, package: str) -> Module:
 
 
 class Strip(ast.NodeTransformer):
-    """Takes docstrings and the annotations of arguments and results out of a syntax tree."""
+    """Removes docstrings and the annotations of arguments and results from a syntax tree."""
 
     def _definition(self, node):
         first = node.body[0]
@@ -112,9 +120,18 @@ def _skipped(node) -> bool:
 
 def _bound(node) -> set[str]:
     """The names that a statement of a module binds."""
-    if isinstance(node, FUNCTION | ast.ClassDef):
+    if isinstance(node, DEFINITION):
         return {node.name}
-    return _names([node], ast.Store)
+    if isinstance(node, ASSIGNMENT):
+        return _names(_targets(node), ast.Store)
+    if not hasattr(node, "body"):
+        return set()
+    inside = {n.name for n in ast.walk(node) if isinstance(n, DEFINITION)}
+    return inside | _names([node], ast.Store)
+
+
+def _targets(assignment) -> list:
+    return getattr(assignment, "targets", None) or [assignment.target]
 
 
 def _names(nodes, context=ast.expr_context) -> set[str]:
@@ -139,8 +156,7 @@ def imported(node, package: str):
 
 
 def references(nodes, imports, definitions, package="") -> frozenset:
-    """What syntax trees name: ("own", name), ("module", name) that is imported, and chains
-    (module, name, attribute, ...)."""
+    """What syntax trees name: chains (module, name, attribute, ...); module "" is their own."""
     found, imports = set(), dict(imports)
     inside = [n for node in nodes for n in ast.walk(node)]
     for node in inside:
@@ -162,7 +178,7 @@ def references(nodes, imports, definitions, package="") -> frozenset:
             if root.id in imports:
                 module, name = imports[root.id]
                 found.add((module, *([name] if name else []), *chain))
-            elif root.id in definitions:
+            if root.id in definitions:
                 found.add(("", root.id))
         else:
             stack += ast.iter_child_nodes(node)

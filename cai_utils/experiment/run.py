@@ -18,7 +18,7 @@ import os
 import time
 from pathlib import Path
 
-from cai_utils.experiment import fingerprint, provenance
+from cai_utils.experiment import fingerprint, provenance, stamp
 from cai_utils.experiment.files import atomic, read_json, repo_root, save_figure, write_json
 from cai_utils.experiment.params import check_profile, check_sizes, from_namespace
 
@@ -186,13 +186,14 @@ class Run:
         name = os.environ.get("CAI_RUN_NAME", self.notebook)
         record = {**self._now(), "read": self.read, "made": self.made}
         write_json(self.dir / "executed" / f"{name}.provenance.json", record)
+        stamp.remove_overwritten(self.dir, self.made)
         if self._wandb is not None:
             with contextlib.suppress(Exception):
                 self._wandb.finish(quiet=True)
             self._wandb = None
 
     def _now(self) -> dict:
-        # The machine is asked again: torch, with its threads and GPU, may have come in since.
+        # Asked again, as torch, which knows threads and GPU, may have been imported since.
         return {
             **self.provenance,
             "machine": provenance.machine(),
@@ -217,7 +218,7 @@ def start(notebook: str, namespace) -> Run:
 
 
 def _start_wandb(run: Run):
-    """A W&B run, or None where W&B is off or broken: the record of a run is never its risk."""
+    """A W&B run, or None where W&B is off or broken: W&B must never stop a run."""
     # Offline unless the user says otherwise; trl's own reports then follow the same choice.
     mode = os.environ.setdefault("WANDB_MODE", "offline")
     if mode == "disabled":

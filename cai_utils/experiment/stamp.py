@@ -44,7 +44,7 @@ def changes(folder: Path, name: str, now: dict) -> list[str]:
     nothing. folder: runs/<profile>; now: ``ingredients``."""
     old = read_json(folder / "executed" / f"{name}.stamp.json")
     if not old or not (folder / "executed" / f"{name}.ipynb").is_file():
-        return ["it has not run yet"]
+        return ["no record of an earlier run"]
     found = [
         f"{kind} {key}" for kind, values in now.items()
         for key in {**old.get(kind, {}), **values} if old.get(kind, {}).get(key) != values.get(key)
@@ -55,22 +55,31 @@ def changes(folder: Path, name: str, now: dict) -> list[str]:
 
 
 def write(folder: Path, name: str, now: dict) -> None:
-    """Note that run ``name`` has ended, and mark the runs whose results it has overwritten."""
+    """Note what decided run ``name``, which has ended, with what ``Run.finish`` recorded of it."""
     executed = folder / "executed"
     record = read_json(executed / f"{name}.provenance.json")
-    read, made = record.get("read", {}), record.get("made", {})
-    write_json(executed / f"{name}.stamp.json", {**now, "read": read, "made": made})
-    for stamp in executed.glob("*.stamp.json"):
-        other = stamp.name.removesuffix(".stamp.json")
-        theirs = read_json(stamp).get("made", {})
-        if other != name and any(theirs.get(path, sha) != sha for path, sha in made.items()):
-            outdate(executed / f"{other}.ipynb")
+    handed = {kind: record.get(kind, {}) for kind in ("read", "made")}
+    write_json(executed / f"{name}.stamp.json", now | handed)
 
 
-def outdate(executed: Path) -> None:
-    """Make an executed notebook older than everything, so that the batch looks at it again."""
-    if executed.is_file():
-        os.utime(executed, (0, 0))
+def remove_overwritten(folder: Path, made: dict) -> None:
+    """Remove the stamps of runs that made one of these results otherwise, so that the batch makes
+    theirs again: no trial by hand passes for the run of the profile."""
+    for path in (folder / "executed").glob("*.stamp.json"):
+        theirs = read_json(path).get("made", {})
+        if any(theirs.get(name, sha) != sha for name, sha in made.items()):
+            path.unlink()
+
+
+def touch(folder: Path, name: str) -> None:
+    """Make the files of a run newer than all that it depends on."""
+    for ending in ("ipynb", "stamp.json"):
+        os.utime(folder / "executed" / f"{name}.{ending}")
+
+
+def remove(folder: Path, name: str) -> None:
+    """Make the batch look at a run again."""
+    (folder / "executed" / f"{name}.stamp.json").unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str | None:

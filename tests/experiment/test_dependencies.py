@@ -171,7 +171,11 @@ def test_names_are_followed_in_every_form(small):
 def test_what_runs_on_import_counts_for_whoever_uses_the_module(small):
     graph = small(
         a="from cai_utils import patched\ndef f():\n    return 1\n",
-        patched="import sys\nNAMES = {}\nsys.x = 1\nNAMES.update(y=2)\n",
+        patched=(
+            "import sys\nNAMES = {}\ny = sys.x = 1\nNAMES.update({k: 2 for k in 'ab'})\nz = 3\n"
+            "try:\n    from cai_utils.table import register\nexcept ImportError:\n"
+            "    register = None\ndef g():\n    return register\n"
+        ),
         registered=(
             "from cai_utils.table import register\n"
             "@register\ndef g():\n    return 1\n\ndef h():\n    return 2\n"
@@ -180,7 +184,9 @@ def test_what_runs_on_import_counts_for_whoever_uses_the_module(small):
     )
     found = graph.reached([("cai_utils.a", "f")])
     assert "x" in found["cai_utils.patched", RUN] and "update" in found["cai_utils.patched", RUN]
+    assert "'z'" not in found["cai_utils.patched", RUN]
     assert ("cai_utils.patched", "NAMES") in found  # it is named there
+    assert ("cai_utils.table", "register") in graph.reached([("cai_utils.patched", "g")])
     found = graph.reached([("cai_utils.registered", "h")])
     assert "'g'" in found["cai_utils.registered", RUN] and ("cai_utils.table", "register") in found
 

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 from cai_utils import __main__, critique, experiment
-from cai_utils.experiment import files, fingerprint, params, provenance
+from cai_utils.experiment import files, fingerprint, params, provenance, registry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -237,6 +237,9 @@ def test_folders_and_missing_results(lab, run):
         run.need("models/sl_cai/s", "07_sl_cai")  # an empty folder is no model
     write(folder / "config.json", "{}")
     assert run.need("models/sl_cai/s", "07_sl_cai") == folder
+    command = "run 09_rl method=rl_cai size=s --profile mini"
+    with pytest.raises(FileNotFoundError, match=f"09_rl makes it: .*{command}`"):
+        registry.folder(run, "rl_cai", "s")
     with pytest.raises(FileNotFoundError, match="fig05.*03_chains makes it"):
         run.read_table("fig05", made_by="03_chains")
 
