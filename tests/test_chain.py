@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cai_utils.figures import gallery
+from cai_utils.figures import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = {  # figure -> columns that its table must have besides the estimate and its interval
@@ -80,7 +80,7 @@ def test_behind_every_figure_stands_its_table(smoke, figure):
         assert (known["ci_low"] <= known["estimate"] + 1e-9).all()
         assert (known["estimate"] <= known["ci_high"] + 1e-9).all()
     for suffix in ("png", "pdf"):
-        assert (smoke / "figures/smoke" / f"{figure}.{suffix}").stat().st_size > 5000
+        assert (smoke / "runs/smoke/figures" / f"{figure}.{suffix}").stat().st_size > 5000
     provenance = json.loads((results / f"{figure}.provenance.json").read_text())
     assert {"params", "seed", "git", "versions"} <= set(provenance)
 
@@ -91,7 +91,7 @@ def test_every_run_logs_to_wandb(smoke):
 
 
 def test_the_gallery_shows_every_figure_with_the_numbers_of_its_tables(smoke):
-    text = gallery.write("smoke", smoke)
+    text = (reference.redraw(smoke, "smoke", source="runs") / "README.md").read_text()
     for figure in FIGURES:
         assert f"({figure}.png)" in text
     table = pd.read_csv(smoke / "runs/smoke/results/fig05_differences.csv")

@@ -402,7 +402,7 @@ def test_figures_are_the_same_bytes_for_the_same_table(lab, run, monkeypatch):
     # A clock that has gone on must not be seen in the files.
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
     assert draw() == first
-    assert {p.name for p in (lab / "figures" / "mini").iterdir()} == {"fig.png", "fig.pdf"}
+    assert {p.name for p in (run.dir / "figures").iterdir()} == {"fig.png", "fig.pdf"}
     width = int.from_bytes(first[".png"][16:20], "big")
     assert 300 < width < 500  # 2 inches at 200 dots, trimmed
 
