@@ -149,7 +149,19 @@ def test_make_figures_passes_profile_pretrain_and_threads():
     command = " ".join(done.stdout.replace("\\\n", " ").split())
     assert "--cores $(( 3 * 2 ))" in command
     assert "profile=smoke threads=2 pretrain=true" in command
+    assert command.index("snakemake") < command.index("redraw --profile smoke --from runs")
+    assert "make publish PROFILE=smoke" in command
     assert "pretrain" not in make("-n", "figures", "PRETRAIN=0").stdout
+
+
+def test_make_redraw_and_publish_pass_what_is_asked_for():
+    asked = ("PROFILE=smoke", "FIGURE=fig05_revisions", "STYLE=my.mplstyle", "FROM=runs", "OUT=there")
+    command = " ".join(make("-n", "redraw", *asked).stdout.replace("\\\n", " ").split())
+    assert command.endswith(
+        '-m cai_utils redraw --profile smoke --figure "fig05_revisions" --style "my.mplstyle" '
+        '--from "runs" --out "there"')
+    assert make("-n", "redraw").stdout.strip().endswith("redraw --profile miniature")
+    assert "publish --profile smollm2" in make("-n", "publish", "PROFILE=smollm2").stdout
 
 
 def test_make_says_when_python_is_missing(tmp_path):

@@ -465,7 +465,7 @@ def test_figures_are_the_same_bytes_for_the_same_table(lab, run, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
     assert draw() == first
     assert {p.name for p in (run.dir / "figures").iterdir()} == {"fig.png", "fig.pdf"}
-    assert not (lab / "figures").exists()  # the committed ones are no business of a run
+    assert not (lab / "figures").exists()  # a run never touches the committed figures
     width = int.from_bytes(first[".png"][16:20], "big")
     assert 300 < width < 500  # 2 inches at 200 dots, trimmed
 

@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cai_utils.figures import panels, plots
+from cai_utils.experiment.registry import POLICIES
+from cai_utils.figures import panels, plots, style
 
 SIZES = {"xs": 101_376, "s": 612_345, "m": 2_234_567}
-METHODS = list(plots.METHODS)
+METHODS = list(style.METHODS)
 RL = ["helpful RLHF", "HH RLHF", "RL-CAI", "RL-CAI with CoT"]
 
 
@@ -108,6 +109,13 @@ def supervised():
     return d.assign(n=[r for _ in range(4) for r in range(1, 5)])
 
 
+def confusions():
+    return pd.DataFrame([{"read_by": by, "model": m, "human": human, "full compliance": 5 + i,
+                          "full refusal": 3 * i, "partial refusal": 1}
+                         for by in ("rule", "reader") for m in ("gpt4", "llama2orig")
+                         for i, human in enumerate(("full compliance", "full refusal"))])
+
+
 FIGURES = {
     "fig02": (plots.fig02_elo_frontier, frontier),
     "fig02, sizes": (plots.fig02_elo_frontier, lambda: frontier(SIZES)),
@@ -126,6 +134,7 @@ FIGURES = {
     "sl_cai_n": (plots.sl_cai_n, supervised),
     "fig12": (plots.fig12_identify_classify, identify_classify),
     "rl_truth": (plots.rl_truth, truth_in_training),
+    "refusals": (plots.refusal_confusion, confusions),
 }
 DRAWN = {}
 
@@ -165,7 +174,7 @@ def test_figures_are_drawn_in_one_style_and_closed():
     assert not plt.get_fignums()
     assert dict(mpl.rcParams) == before
     with mpl.rc_context():
-        panels.style()
+        style.use()
         assert mpl.rcParams["axes.spines.top"] is False
 
 
@@ -215,6 +224,8 @@ LABELS = {
     "fig12": [("Parameters", "Accuracy")] * 2,
     "rl_truth": [("RL training sequences", y) for y in (
         "True harm", "True helpfulness", "Evasive share")],
+    "refusals": [(f"Refusal, says the {by}", y) for by in ("rule", "reader")
+                 for y in ("Refusal, say people", "")],
 }
 
 
@@ -269,8 +280,14 @@ def test_frontier_draws_a_cross_for_every_checkpoint():
     assert np.array(sorted((s[0][0], s[1][0]) for s in across)) == pytest.approx(
         np.array(sorted(zip(df["helpfulness_low"], df["helpfulness_high"]))))
     curve = df[df["method"] == "RL-CAI"]
-    line = next(x for x in ax.lines if x.get_color() == plots.METHODS["RL-CAI"][0])
+    line = next(x for x in ax.lines if x.get_color() == style.METHODS["RL-CAI"][0])
     assert list(line.get_xdata()) == list(curve["helpfulness"])
+
+
+def test_confusions_are_counted_in_rows_of_the_human_label():
+    counts = [[t.get_text() for t in ax.texts] for ax in drawn("refusals").axes]
+    none, partial, full = ["5", "1", "0"], ["0", "0", "0"], ["6", "1", "3"]
+    assert counts == [none + partial + full] * 4
 
 
 def test_other_data_make_another_figure():
@@ -289,10 +306,20 @@ def test_a_method_has_one_colour_everywhere_and_no_two_share_it():
 
     for name in ("fig02", "fig03", "fig08", "rl"):
         found = colours(drawn(name))
-        assert found == {m: plots.METHODS[m][0] for m in found} and len(found) >= 4
-    assert len({c for c, _ in plots.METHODS.values()}) == len(METHODS)
-    assert not {c for c, _ in plots.METHODS.values()} & set(panels.OTHER)
-    assert panels.looks(["new", "rl_cai_cot"])["rl_cai_cot"] == plots.METHODS["RL-CAI with CoT"]
+        assert found == {m: style.METHODS[m][0] for m in found} and len(found) >= 4
+    assert len({c for c, _ in style.METHODS.values()}) == len(METHODS)
+    assert not {c for c, _ in style.METHODS.values()} & set(style.OTHER)
+    assert style.looks(["new", "rl_cai_cot"])["rl_cai_cot"] == style.METHODS["RL-CAI with CoT"]
+    found = style.looks(["helpful PM", "HH PM", "harmless PM", "pm"])  # PMs as what they reward
+    assert [found[f"{kind} PM"] for kind in ("helpful", "HH", "harmless")] == [
+        style.METHODS[label] for label in ("helpful RLHF", "HH RLHF", "SL-CAI")]
+
+
+def test_every_policy_of_the_registry_has_a_look_of_its_own():
+    for policy in POLICIES.values():
+        look = (policy.color, policy.marker)
+        assert style.looks([policy.label]) == {policy.label: look}
+        assert style.looks([policy.name]) == {policy.name: look}
 
 
 def test_methods_are_told_apart_without_colour_vision():
@@ -301,8 +328,8 @@ def test_methods_are_told_apart_without_colour_vision():
                        [-0.011820, 0.042940, 0.968881]],
             "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
                        [-0.003882, -0.048116, 1.051998]]}
-    rgb = np.array([mpl.colors.to_rgb(c) for c, _ in plots.METHODS.values()]) ** 2.2
-    markers = [m for _, m in plots.METHODS.values()]
+    rgb = np.array([mpl.colors.to_rgb(c) for c, _ in style.METHODS.values()]) ** 2.2
+    markers = [m for _, m in style.METHODS.values()]
     assert len(set(markers)) == len(markers)
     for matrix in seen.values():
         x = np.clip(rgb @ np.array(matrix).T, 0, 1) ** (1 / 2.2)
@@ -351,7 +378,7 @@ def test_sizes_are_ordered_by_parameters_and_labelled():
     assert texts == ["xs (0.1M)", "s (0.61M)", "m (2.2M)"]
     ticks = [t.get_text() for t in drawn("fig04").axes[0].get_xticklabels()]
     assert ticks == ["0.1M", "0.61M", "2.2M"] and drawn("fig04").axes[0].get_xscale() == "log"
-    assert [panels._count(n) for n in (52e9, 810e6, 135e6, 101376, 4000)] == [
+    assert [style.count_text(n) for n in (52e9, 810e6, 135e6, 101376, 4000)] == [
         "52B", "810M", "135M", "0.1M", "4000"]
 
 
@@ -387,6 +414,7 @@ NEEDED = {
     "sl_cai_n": ["n", "axis", "estimate", "ci_low"],
     "fig12": ["task", "chance", "size", "parameters", "method", "estimate", "ci_low"],
     "rl_truth": ["method", "size", "step", "axis", "estimate", "ci_high"],
+    "refusals": ["read_by", "model", "human", "full refusal"],
 }
 
 
@@ -397,7 +425,7 @@ def test_missing_or_empty_columns_are_named(name):
     for column in NEEDED[name]:
         with pytest.raises(ValueError, match=f"no column '{column}'"):
             draw(df.drop(columns=column))
-    with pytest.raises(ValueError, match="no rows, column '[a-z]+' is empty"):
+    with pytest.raises(ValueError, match="no rows, column '[a-z_]+' is empty"):
         draw(df.iloc[:0])
     with pytest.raises(ValueError, match="no column"):
         draw(pd.DataFrame())
