@@ -8,8 +8,6 @@ zero. It is the head, the tokens and the trainer of a preference model under ano
 
 from __future__ import annotations
 
-import math
-import numbers
 import time
 
 import numpy as np
@@ -18,6 +16,7 @@ from datasets import Dataset
 from trl import RewardConfig
 
 from cai_utils import preference
+from cai_utils.data import formats
 from cai_utils.lm import models, tokens, training
 from cai_utils.lm.tokens import pad
 
@@ -40,12 +39,7 @@ def check(rows):
     """Rows {"messages": a conversation that ends in an assistant turn, "score": number}, checked;
     ValueError names the first that is not one."""
     for i, row in enumerate(rows):
-        talk, score = row.get("messages") or [], row.get("score")
-        if len(talk) < 2 or talk[-1].get("role") != "assistant":
-            raise ValueError(f"row {i}: 'messages' must be a prompt and an assistant turn")
-        if isinstance(score, bool) or not isinstance(score, numbers.Real) \
-                or not math.isfinite(score):
-            raise ValueError(f"row {i}: 'score' must be a finite number, got {score!r}")
+        formats.validate(formats.Score, row, f"row {i}")
     if not rows:
         raise ValueError("no rows to learn from: give at least one {'messages', 'score'} row")
     return list(rows)
