@@ -259,7 +259,7 @@ class Server:
         return Completion(text, [], list(logprobs or ()), reason)
 
     def _way_to_score(self, text):
-        """The parameter by which this server returns a prompt's log-probabilities, found by trying."""
+        """The parameter by which this server returns log-probabilities of a prompt, by trying."""
         refused = ""
         for way in ("echo", "prompt_logprobs"):
             try:
@@ -271,8 +271,8 @@ class Server:
                 return way
         raise ValueError(
             f"{self.url} returns no log-probabilities of a prompt's tokens for {self.model} "
-            "(neither `echo` with `logprobs` nor `prompt_logprobs`), so choices cannot be scored there; "
-            f"serve the model with vLLM or SGLang, or load it here{refused}"
+            "(neither `echo` with `logprobs` nor `prompt_logprobs`), so choices cannot be scored "
+            f"there; serve the model with vLLM or SGLang, or load it here{refused}"
         )
 
     def _score(self, text, choice, halt):
