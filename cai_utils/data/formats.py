@@ -83,10 +83,11 @@ def _as_label(value):
     return p
 
 
-def _as_axis(value):
-    if value not in AXES:
-        raise ValueError(f"'axis' is {value!r}: give 'helpful' or 'harmless'")
-    return value
+def _as_axis(value, info):
+    axis = value or (info.context or {}).get("axis")
+    if axis not in AXES:
+        raise ValueError(f"'axis' is {axis!r}: give 'helpful' or 'harmless'")
+    return axis
 
 
 def _prompt_and_answer(messages):
@@ -124,7 +125,7 @@ class Comparison(TypedDict):
     rejected: Response
     p_chosen: Annotated[float, BeforeValidator(_as_label), Field(default=1.0)]
     source: Annotated[Any, BeforeValidator(lambda value: value or "human"), Field(default="human")]
-    axis: Annotated[str, BeforeValidator(_as_axis)]
+    axis: Annotated[Any, BeforeValidator(_as_axis), Field(default=None, validate_default=True)]
     principle: Annotated[Any, OrNone, Field(default=None)]
     split: Annotated[Any, OrNone, Field(default=None)]
 
@@ -237,11 +238,14 @@ def _adapter(kind):
     return TypeAdapter(kind)
 
 
-def validate(kind, row, where) -> dict:
+def validate(kind, row, where, **context) -> dict:
     """The row with the fields of its kind validated: the row's own fields in their order, then the
-    defaults of those that it lacks. ValueError that begins with `where` (a file and row)."""
+    defaults of those that it lacks. ValueError that begins with `where` (a file and row).
+
+    context: values for fields that a row may leave to its caller (`axis` of a Comparison).
+    """
     try:
-        return {**row, **_adapter(kind).validate_python(row)}
+        return {**row, **_adapter(kind).validate_python(row, context=context)}
     except ValidationError as error:
         raise ValueError(f"{where}: {_fault(error, row)}") from None
 

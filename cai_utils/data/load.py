@@ -86,8 +86,8 @@ def load_comparisons(spec, split=None, limit=None, seed=0, axis=None, strict=Fal
                              "axis='harmless'")
         rows = hh_rlhf.comparisons(rows, where, axis, strict)
     else:
-        rows = [formats.validate(formats.Comparison, {**row, "axis": row.get("axis") or axis},
-                                 f"{where}, row {i + 1}") for i, row in enumerate(rows)]
+        rows = [formats.validate(formats.Comparison, row, f"{where}, row {i + 1}", axis=axis)
+                for i, row in enumerate(rows)]
     return _choose(rows, where, split, limit, seed, part)
 
 

@@ -21,6 +21,10 @@ def test_a_row_keeps_its_fields_and_their_order():
         0.75, "human", None, None)
     assert got["rejected"] == [{"role": "assistant", "content": "no"}]
     assert got["chosen"] == row["chosen"]
+    short = {"prompt": "Hi", "rejected": "no", "chosen": "yes"}
+    got = formats.validate(formats.Comparison, short, "x", axis="harmless")
+    assert list(got) == [*short, "p_chosen", "source", "axis", "principle", "split"]
+    assert got["axis"] == "harmless"
 
 
 @pytest.mark.parametrize("kind, row, fault", [
