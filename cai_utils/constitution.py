@@ -28,24 +28,11 @@ from pathlib import Path
 
 import yaml
 
-from cai_utils import dialogue
+from cai_utils.data import formats
 from cai_utils.data.paper_prompts import READERS
 from cai_utils.seeds import stable_int
 
 FOLDER = Path(__file__).parent / "constitutions"
-
-
-_FIELDS = {  # section -> (required fields, optional fields)
-    "critiques": (("id", "critique_request", "revision_request"), ()),
-    "comparisons": (("id", "principle"), ()),
-    "critique": (
-        ("prompt", "response", "critique_request", "critique", "revision_request", "revision"), (),
-    ),
-    "comparison": (("prompt", "a", "b", "answer"), ("principle",)),
-    "comparison_cot": (("prompt", "a", "b", "answer", "reasoning"), ("principle",)),
-}
-
-
 _SHOTS = ("critique", "comparison", "comparison_cot")
 
 
@@ -106,7 +93,7 @@ def draw(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a field written twice, of which the first would be lost without a word."""
+    """YAML that refuses a field written twice, of which the first would be lost silently."""
 
     def construct_mapping(self, node, deep=False):
         seen = []
@@ -124,17 +111,11 @@ class _Loader(yaml.SafeLoader):
 def _check(data, path) -> Constitution:
     if not isinstance(data, dict):
         raise ValueError(f"{path}: a constitution is a mapping with `name` and principles")
-    unknown = sorted(set(data) - {"name", "critiques", "comparisons", "few_shot"})
-    if unknown:
-        raise ValueError(
-            f"{path}: unknown field {unknown[0]!r}; known: name, critiques, comparisons, few_shot"
-        )
-    if not isinstance(data.get("name"), str) or not data["name"].strip():
-        raise ValueError(f"{path}: missing field 'name'")
     few_shot = data.get("few_shot") or {}
     if not isinstance(few_shot, dict) or set(few_shot) - set(_SHOTS):
         raise ValueError(f"{path}: few_shot is a mapping of {', '.join(_SHOTS)}")
-    sections = {s: _entries(data.get(s), s, s, path) for s in ("critiques", "comparisons")}
+    checked = formats.validate(formats.ConstitutionFile, data, path)
+    sections = {s: _as_written(data.get(s), checked.get(s)) for s in ("critiques", "comparisons")}
     for section, entries in sections.items():
         seen = set()
         for i, entry in enumerate(entries):
@@ -143,59 +124,15 @@ def _check(data, path) -> Constitution:
             seen.add(entry["id"])
     if not any(sections.values()):
         raise ValueError(f"{path}: no principles: give 'critiques', 'comparisons' or both")
-    shots = {s: _entries(few_shot.get(s), s, f"few_shot.{s}", path) for s in _SHOTS}
-    for section, entries in shots.items():
-        for i, entry in enumerate(entries):
-            entry["prompt"] = _messages(entry["prompt"], f"{path}: few_shot.{section}[{i}]")
-            if entry.get("answer", "A") not in ("A", "B"):
-                raise ValueError(f"{path}: few_shot.{section}[{i}]: 'answer' has to be A or B")
-    return Constitution(data["name"].strip(), few_shot=shots, **sections)
+    found = checked.get("few_shot") or {}
+    shots = {s: _as_written(few_shot.get(s), found.get(s)) for s in _SHOTS}
+    return Constitution(checked["name"], few_shot=shots, **sections)
 
 
-def _entries(entries, section, shown, path) -> list[dict]:
-    """The checked entries of one section, texts stripped; `shown` is its name in errors."""
-    required, optional = _FIELDS[section]
-    if entries is not None and not isinstance(entries, list):
-        raise ValueError(f"{path}: '{shown}' has to be a list")
-    checked = []
-    for i, entry in enumerate(entries or []):
-        where = f"{path}: {shown}[{i}]"
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where} has to be a mapping with {', '.join(required)}")
-        if "id" in required and entry.get("id") is not None:
-            where += f" (id {entry['id']!r})"
-        for name in required:
-            value = entry.get(name)
-            if value is None or not str(value).strip():
-                raise ValueError(f"{where}: missing field '{name}'")
-        for name, value in entry.items():
-            # YAML makes lists, dates and truth values of texts that are not quoted (`No`, `- x`).
-            talk = name == "prompt" and isinstance(value, list)
-            if not (talk or value is None or isinstance(value, str | int | float)):
-                what = "a text or a list of messages" if name == "prompt" else "a text"
-                raise ValueError(f"{where}: '{name}' has to be {what}, not {value!r}")
-            if isinstance(value, bool):
-                raise ValueError(f"{where}: YAML reads '{name}' as {value}; put it in quotes")
-        unknown = sorted(set(entry) - set(required) - set(optional))
-        if unknown:
-            raise ValueError(
-                f"{where}: unknown field {unknown[0]!r}; known: {', '.join(required + optional)}"
-            )
-        checked.append(
-            {k: v if isinstance(v, list) else str(v).strip() for k, v in entry.items()
-             if v is not None}
-        )
-    return checked
-
-
-def _messages(prompt, where) -> list[dict]:
-    """A prompt as messages, ending with the user's."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        dialogue.transcript(messages, add_generation_prompt=True)
-    except ValueError as error:
-        raise ValueError(f"{where}: prompt: {error}") from error
-    return messages
+def _as_written(given, checked) -> list[dict]:
+    """Checked entries with their fields in the file's order, empty ones left out."""
+    return [{key: entry[key] for key in old if entry[key] is not None}
+            for old, entry in zip(given or [], checked or [], strict=True)]
 
 
 def _published(folder, names) -> Constitution:

@@ -8,8 +8,6 @@ zero. Head, tokens and training are those of a preference model, with another lo
 
 from __future__ import annotations
 
-import math
-import numbers
 import time
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 from trl import RewardConfig, RewardTrainer
 
 from cai_utils import preference
+from cai_utils.data import formats
 from cai_utils.lm import tokens, training
 
 
@@ -42,12 +41,7 @@ def check(rows):
     """Rows {"messages": a conversation that ends in an assistant turn, "score": number}, checked;
     ValueError names the first that is not one."""
     for i, row in enumerate(rows):
-        messages, score = row.get("messages") or [], row.get("score")
-        if len(messages) < 2 or messages[-1].get("role") != "assistant":
-            raise ValueError(f"row {i}: 'messages' must be a prompt and an assistant turn")
-        if isinstance(score, bool) or not isinstance(score, numbers.Real) \
-                or not math.isfinite(score):
-            raise ValueError(f"row {i}: 'score' must be a finite number, got {score!r}")
+        formats.validate(formats.Score, row, f"row {i}")
     if not rows:
         raise ValueError("no rows to learn from: give at least one {'messages', 'score'} row")
     return list(rows)

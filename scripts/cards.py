@@ -1,8 +1,8 @@
-"""The cards that stand beside exported models and rows: Markdown made from records of runs.
+"""The parts of the cards of exported models and rows: Markdown made from records of runs.
 
 A *record* is the provenance of a result (`provenance.describe`) or {}, *training* the training.json
-of a model's folder or {}. What neither tells is called unknown. Functions return Markdown, or
-facts: {what: its value}, which `bullets` makes a list of.
+of a model's folder or {}. What neither holds is called unknown. Functions return Markdown, or
+facts: {name: value}, which `bullets` makes a list of.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cai_utils.experiment.files import read_json, read_rows
 from cai_utils.experiment.fingerprint import file_digest
 from cai_utils.lm import tokens
 
-KINDS = {  # fields that tell kinds of rows apart -> what they are
+KINDS = {  # fields that identify a kind of rows -> its description
     ("chosen", "rejected"): "comparisons: which of two answers is preferred, with p_chosen",
     ("messages",): "conversations to finetune on",
     ("responses", "critiques"): "chains of critique and revision",
@@ -98,7 +98,7 @@ The conversation ends with the answer that is scored; the score is read at the e
 def origin(record) -> dict:
     """Facts of a record: notebook, commit, versions, time and parameters of the run."""
     if not record:
-        return {"provenance": "unknown: no record of a run stands beside it"}
+        return {"provenance": "unknown: there is no record of a run beside it"}
     git, versions = record.get("git") or {}, record.get("versions") or {}
     commit = git.get("commit") or "unknown"
     return {
@@ -113,11 +113,11 @@ def origin(record) -> dict:
 
 def settings(training) -> dict:
     """Facts of a training.json: the arguments and counts of the training, not what it measured."""
-    own = {k: v for k, v in training.items()
-           if isinstance(v, int | float | str | bool | dict) and k not in
-           ("base", "stage", "eval", "key", "train_loss", "seconds", "score_mean", "score_std")
-           and not k.endswith("per_second")}
-    return {"trained with": ", ".join(f"{k} {v}" for k, v in own.items())} if own else {}
+    kept = {k: v for k, v in training.items()
+            if isinstance(v, int | float | str | bool | dict) and k not in
+            ("base", "stage", "eval", "key", "train_loss", "seconds", "score_mean", "score_std")
+            and not k.endswith("per_second")}
+    return {"trained with": ", ".join(f"{k} {v}" for k, v in kept.items())} if kept else {}
 
 
 def results(training, tables, run_dir) -> str:
@@ -166,35 +166,28 @@ def markdown(rows, at_most=60) -> str:
 
 
 def limits_of(records, given, scores=False, rows=False) -> str:
-    """The limits that follow from what it is and what made it, then the given sentences, as a list.
+    """The limits that follow from the kind of export and its records, then the given sentences.
 
     records: those of all parts; scores: it is a score model; rows: it is data.
     """
-    said = ["Made for research. It was not tested for use with people."]
+    texts = ["Made for research. It was not tested for use with people."]
     if any(record.get("profile") in ("miniature", "smoke") for record in records):
-        said.append("It is of the miniature, a small generated world, and means nothing outside of "
-                    "it.")
+        texts.append("It is of the miniature, a small generated world, and means nothing outside "
+                     "of it.")
     if scores:
-        said.append("Scores compare answers to one prompt. They rank what is like the training "
-                    "answers; a policy trained against them for long will find what they miss.")
+        texts.append("Scores compare answers to one prompt. They rank what is like the training "
+                     "answers; a policy trained against them for long will find what they miss.")
     if rows:
-        said.append("Red-team prompts ask for harm by design, and answers to them may give it.")
+        texts.append("Red-team prompts ask for harm by design, and answers to them may give it.")
     if any((record.get("git") or {}).get("dirty") for record in records):
-        said.append("The code had changes that are in no commit: the commit above does not make "
-                    "exactly this again.")
-    return "\n".join(f"- {sentence}" for sentence in [*said, *given])
+        texts.append("The code had changes that are in no commit: the commit above does not make "
+                     "exactly this again.")
+    return "\n".join(f"- {text}" for text in [*texts, *given])
 
 
 def bullets(facts) -> str:
     """Facts as a list."""
     return "\n".join(f"- {key}: {value}" for key, value in facts.items())
-
-
-def write(out, data, parts) -> None:
-    """README.md in the folder ``out``: the hub's metadata ``data`` (ModelCardData or
-    DatasetCardData), then the parts."""
-    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
-    (out / "README.md").write_text(text, encoding="utf-8")
 
 
 def hub_id(base) -> str | None:
@@ -205,8 +198,8 @@ def hub_id(base) -> str | None:
 
 
 def without_paths(value, run_dir):
-    """JSON with the absolute paths in it told as what they mean elsewhere: the spec of shipped
-    weights, a path inside the run folder ``run_dir`` (or None), else the last name alone."""
+    """JSON with absolute paths replaced by what they mean elsewhere: the spec of shipped weights, a
+    path inside the run folder ``run_dir`` (or None), else the last name alone."""
     if isinstance(value, dict):
         return {k: without_paths(v, run_dir) for k, v in value.items()}
     if isinstance(value, list):

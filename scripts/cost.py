@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from cai_utils.experiment import registry
 from cai_utils.experiment.params import read_params
 
 FIELDS = {
@@ -30,11 +31,7 @@ FIELDS = {
     "rl": ("passes", "epochs"),
     "gpu": ("peak_flops", "read", "sampled", "trained"),
 }
-
-
 KINDS = ("read", "sampled", "trained")  # what is done with tokens
-
-
 COLUMNS = ["stage", "section", *KINDS]
 
 
@@ -81,8 +78,9 @@ def tokens(given) -> pd.DataFrame:
     """Tokens of each stage, for one model: columns ``stage``, ``section`` (of the paper), ``read``
     (prompts, and text that is only scored), ``sampled``, ``trained`` (each epoch counts).
 
-    given: what ``load`` returns. Every request is read anew, as an engine without a cache of
-    beginnings would: a cache makes it cheaper.
+    given: what ``load`` returns. Every request is counted in full, as by an engine that does not
+    reuse shared prefixes; reuse makes it cheaper. The RL runs are those of the registry's policies
+    that PPO trains.
     """
     n, t, labels, rl = (given[name] for name in ("counts", "tokens", "labels", "rl"))
     prompt, response, critique, request = (
@@ -90,9 +88,9 @@ def tokens(given) -> pd.DataFrame:
     )
     redteam = n["redteam_human"] + n["redteam_generated"]
     helpful = n["helpful"] * n["helpful_samples"]
-    talk = prompt + response
+    conversation = prompt + response
     # critique: the conversation and its request are read; revision: the critique on top of that
-    critiqued = t["few_shot"] + talk + request
+    critiqued = t["few_shot"] + conversation + request
     revised = critiqued + critique + request
     asked = t["few_shot"] + prompt + 2 * response + t["question"]
     episodes = redteam + n["helpful"] + n["rl_redteam"] + n["rl_helpful"]
@@ -103,20 +101,20 @@ def tokens(given) -> pd.DataFrame:
         "RL-CAI": n["helpful_comparisons"] + redteam,
         "RL-CAI with CoT": n["helpful_comparisons"] + redteam,
     }
-    run = (episodes * (prompt + rl["passes"] * talk), episodes * response,
-           episodes * rl["epochs"] * 2 * talk)  # 2: policy and value model
+    run = (episodes * (prompt + rl["passes"] * conversation), episodes * response,
+           episodes * rl["epochs"] * 2 * conversation)  # 2: policy and value model
     rows = [
         ("red-team responses", "3.2", redteam * prompt, redteam * response, 0),
         ("critiques and revisions", "3.1", redteam * n["revisions"] * (critiqued + revised),
          redteam * n["revisions"] * (critique + response), 0),
         ("helpful responses", "3.2", helpful * prompt, helpful * response, 0),
-        ("SL-CAI", "3.2", 0, 0, (redteam * n["revisions"] + helpful) * talk),
+        ("SL-CAI", "3.2", 0, 0, (redteam * n["revisions"] + helpful) * conversation),
         ("pairs of responses", "4.1", 2 * redteam * prompt, 2 * redteam * response, 0),
         ("AI labels", "4.1", redteam * labels["orders"] * asked, 0, 0),
         ("AI labels with CoT", "4.1", chains * asked, chains * t["chain"], 0),
-        *((f"PM, {name}", "4.1", 0, 0, 2 * talk * count) for name, count in pairs.items()),
-        *((f"RL, {name}", "4.3", *run) for name in
-          ("helpful RLHF", "HH RLHF", "RL-CAI", "RL-CAI with CoT")),
+        *((f"PM, {name}", "4.1", 0, 0, 2 * conversation * count) for name, count in pairs.items()),
+        *((f"RL, {policy.label}", "4.3", *run) for policy in registry.POLICIES.values()
+          if policy.trainer == "ppo"),
     ]
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -169,7 +167,7 @@ def _short(x) -> str:
 
 
 def main(arguments=None) -> None:
-    """The command line; ``--help`` tells its arguments."""
+    """The command line; ``--help`` lists its arguments."""
     parser = argparse.ArgumentParser(prog="python -m scripts.cost", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", default="params/paper/cost.yaml")

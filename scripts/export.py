@@ -1,9 +1,9 @@
-"""Out again: models and rows as folders that the Hugging Face hub and its tools take as they are.
+"""Export of models and rows as folders for the Hugging Face hub and its tools.
 
-``save_for_hub`` works offline; ``push_to_hub`` uploads what it wrote, file by file the same. The
-card beside the weights or rows is made from what the run wrote down: ``training.json`` in a
-model's folder, ``<name>.jsonl.key.json`` beside rows, ``<name>.provenance.json`` beside a table.
-What stands nowhere is said to be unknown.
+``save_for_hub`` works offline; ``push_to_hub`` uploads the same files. The card beside the weights
+or rows is a template (``model_card.md``, ``data_card.md``) filled in from the run's records:
+``training.json`` in a model's folder, ``<name>.jsonl.key.json`` beside rows,
+``<name>.provenance.json`` beside a table. What has no record is called unknown.
 
     python -m scripts.export runs/miniature/models/pm_hh/s --out OUT --table pm_accuracy
 """
@@ -24,9 +24,8 @@ from cai_utils.experiment.files import read_json, read_rows, write_json, write_r
 from cai_utils.lm import tokens
 from scripts import cards
 
+TEMPLATES = Path(__file__).parent
 PAPER = "Bai et al. 2022, Constitutional AI (arXiv 2212.08073)"
-
-
 STAGES = {
     "sft": "a language model, finetuned on conversations",
     "preference": "a preference model: one score per conversation",
@@ -55,7 +54,7 @@ def save_for_hub(source, out_dir, *, name=None, license=None, language=None,
     sources = [Path(s) for s in ([source] if isinstance(source, str | Path) else source)]
     out_dir = Path(out_dir)
     if out_dir.is_dir() and any(out_dir.iterdir()):
-        raise ValueError(f"{out_dir} is not empty: give a new folder, or other files go out, too")
+        raise ValueError(f"{out_dir} is not empty: give a new folder, or its files go out too")
     missing = [str(path) for path in sources if not path.exists()]
     if missing or not sources:
         raise FileNotFoundError(f"{', '.join(missing) or 'nothing'}: no such model folder or file")
@@ -80,9 +79,9 @@ def push_to_hub(source, repo_id, *, private=True, token=None, **card) -> str:
     """Upload what ``save_for_hub(source, ..., **card)`` writes to ``repo_id``; returns its URL.
 
     The repository is made where it is not there: a model's or a data set's, by what ``source`` is.
-    Weights or rows of an earlier upload that are not in this one are removed, as they would be read
-    along. token: None takes that of ``hf auth login``. Errors are those of ``save_for_hub`` and of
-    huggingface_hub (no token, no right to write); ConnectionError where there is no network.
+    Weights or rows of an earlier upload that are not in this one are removed, since tools would
+    load them too. token: None takes that of ``hf auth login``. Errors are those of ``save_for_hub``
+    and of huggingface_hub (no token, no right to write); ConnectionError where there is no network.
     """
     from huggingface_hub import HfApi
 
@@ -100,8 +99,8 @@ def push_to_hub(source, repo_id, *, private=True, token=None, **card) -> str:
         except Exception as error:
             if not type(error).__module__.startswith("httpx"):
                 raise
-            raise ConnectionError(f"the hub could not be reached ({error}): nothing is known to "
-                                  "have gone out; write a folder instead, and push it later"
+            raise ConnectionError(f"the hub could not be reached ({error}): the upload may be "
+                                  "incomplete; write a folder instead, and push it later"
                                   ) from error
     return str(url)
 
@@ -116,16 +115,15 @@ def scored_text(conversation, tokenizer) -> str:
     return text.removesuffix(tokenizer.eos_token) + ("" if closes else tokenizer.eos_token)
 
 
-# ---------------------------------------------------------------- models
 def _model(folder, out, *, name, license, language, tables, limits):
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
     from transformers import AutoTokenizer
 
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{folder}: no config.json, so no model; give the folder that holds it")
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    snapshot = re.fullmatch(r"step-\d+", folder.name)  # of PPO, whose record stands above
+    snapshot = re.fullmatch(r"step-\d+", folder.name)  # of PPO: its record is in the parent
     training = read_json((folder.parent if snapshot else folder) / "training.json")
     run_dir, record = _provenance_of(folder)
     record = cards.without_paths(record, run_dir)
@@ -156,26 +154,21 @@ def _model(folder, out, *, name, license, language, tables, limits):
     what = STAGES.get(training.get("stage"), "a score model" if scores else "a language model")
     path = folder.resolve().relative_to(run_dir / "models") if run_dir else folder.resolve()
     title = name or "-".join(path.parts if run_dir else path.parts[-1:])
-    parts = [
-        f"# {title}",
-        f"{what[0].upper()}{what[1:]}. Made with cai-lab, an open laboratory for {PAPER}.",
-        "## What made it",
-        cards.bullets({
-            "architecture": ", ".join(config.get("architectures") or ["unknown"]),
-            "parameters": f"{_parameters(out):,}" if _parameters(out) else "unknown",
-            "made from": base or "unknown",
-            **({"snapshot": f"{folder.name}, taken along the training"} if snapshot else {}),
-            **cards.settings(training),
-            **cards.origin(record),
-        }),
-        "## Results",
-        cards.results(training, tables, run_dir),
-        "## Use",
-        cards.use_scores(config, tokenizer, training.get("stage")) if scores else cards.USE_TEXT,
-        "## Limits",
-        cards.limits_of([record], limits, scores=scores),
-    ]
-    cards.write(out, data, parts)
+    origin = {
+        "architecture": ", ".join(config.get("architectures") or ["unknown"]),
+        "parameters": f"{_parameters(out):,}" if _parameters(out) else "unknown",
+        "made from": base or "unknown",
+        **({"snapshot": f"{folder.name}, taken along the training"} if snapshot else {}),
+        **cards.settings(training),
+        **cards.origin(record),
+    }
+    use = cards.use_scores(config, tokenizer, training.get("stage")) if scores else cards.USE_TEXT
+    ModelCard.from_template(
+        data, TEMPLATES / "model_card.md", title=title, paper=PAPER, use=use,
+        what=f"{what[0].upper()}{what[1:]}", origin=cards.bullets(origin),
+        results=cards.results(training, tables, run_dir),
+        limits=cards.limits_of([record], limits, scores=scores),
+    ).save(out / "README.md")
 
 
 def _parameters(folder) -> int:
@@ -205,9 +198,8 @@ def _provenance_of(folder):
     return None, {}
 
 
-# ---------------------------------------------------------------- rows
 def _rows(files, out, *, name, license, language, tables, limits):
-    from huggingface_hub import DatasetCardData
+    from huggingface_hub import DatasetCard, DatasetCardData
 
     configs, sections, records, run_dir = [], [], [], None
     stems = [re.sub(r"(\.jsonl|\.csv|\.parquet)?(\.gz)?$", "", file.name) for file in files]
@@ -219,28 +211,24 @@ def _rows(files, out, *, name, license, language, tables, limits):
         rows = read_rows(file)
         if not rows:
             raise ValueError(f"{file}: the file has no rows")
-        own = read_json(file.with_name(f"{file.name}.key.json")).get("provenance") or {}
+        record = read_json(file.with_name(f"{file.name}.key.json")).get("provenance") or {}
         run_dir = run_dir or _run_of(file)
-        own = cards.without_paths(own, run_dir)
-        records.append(own)
+        record = cards.without_paths(record, run_dir)
+        records.append(record)
         splits = Counter(row.get("split") or "train" for row in rows)
         for split in splits:
             write_rows(out / "data" / stem / f"{split}.jsonl",
                        [row for row in rows if (row.get("split") or "train") == split])
         configs.append({"config_name": stem, "data_files": [
             {"split": split, "path": f"data/{stem}/{split}.jsonl"} for split in splits]})
-        sections.append(cards.describe(stem, rows, splits, own))
+        sections.append(cards.describe(stem, rows, splits, record))
     data = DatasetCardData(language=language, license=license, tags=["constitutional-ai"],
                            configs=configs)
-    parts = [
-        f"# {name or ', '.join(c['config_name'] for c in configs)}",
-        f"Made with cai-lab, an open laboratory for {PAPER}. Conversations are lists of messages; "
-        "comparisons and conversations to finetune on are in trl's formats.",
-        *sections,
-        "## Results", cards.results({}, tables, run_dir),
-        "## Limits", cards.limits_of(records, limits, rows=True),
-    ]
-    cards.write(out, data, parts)
+    DatasetCard.from_template(
+        data, TEMPLATES / "data_card.md", title=name or ", ".join(stems), paper=PAPER,
+        sections="\n\n".join(sections), results=cards.results({}, tables, run_dir),
+        limits=cards.limits_of(records, limits, rows=True),
+    ).save(out / "README.md")
 
 
 def _run_of(file):
@@ -248,7 +236,7 @@ def _run_of(file):
 
 
 def main(arguments=None) -> None:
-    """The command line; ``--help`` tells its arguments."""
+    """The command line; ``--help`` lists its arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.export",
         description="Write a model or rows with their card to a folder, or push them to the hub.",

@@ -1,9 +1,9 @@
-"""Published files: where they lie on this machine, or how they get here, once, at a pinned commit.
+"""Published files: found in a local folder, or fetched once at a pinned commit.
 
 A file is first looked for in the folder that the environment variable CAI_DATA_DIR names, under the
 name of its source (`constitutional_harmlessness_paper/`, `xstest/`, `hh-rlhf/`), else fetched from
-its publisher with pooch into the user's cache and checked by SHA-256 where the sum is known here.
-The commit in each address pins the content of the others.
+its publisher by a pooch registry into the user's cache, and checked by SHA-256 where the sum is
+known here. The commit in each address pins the content of the others.
 """
 
 from __future__ import annotations
@@ -12,12 +12,8 @@ import os
 from pathlib import Path
 
 PAPER_COMMIT = "831f7813dbafab659a526d7452f7adeac464b796"
-
-
 PAPER_URL = ("https://raw.githubusercontent.com/anthropics/ConstitutionalHarmlessnessPaper/"
              f"{PAPER_COMMIT}/")
-
-
 PAPER_SHA256 = {
     "evals/438HHHEvaluations.jsonl":
         "d1ee180289d3eeeb314ad862344cbd9af07f19c6d52a77524f9a1a21e7373c10",
@@ -53,22 +49,13 @@ PAPER_SHA256 = {
         "200d08a1a8565aefb4cc00a9608ec077c965ec6f803ad84ac7c3a490e6f2da35",
 }
 
-
 # The prompts come from a later commit than the completions: it added their labels.
 XSTEST_URL = "https://raw.githubusercontent.com/paul-rottger/exaggerated-safety/"
-
-
-XSTEST_FILES = {"xstest_prompts.csv": "475f10bf0a3d6a9dfb174b6de1a38afbfdff98a5/xstest_prompts.csv"}
-
-
 XSTEST_MODELS = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct")
-
-
+XSTEST_FILES = {"xstest_prompts.csv": "475f10bf0a3d6a9dfb174b6de1a38afbfdff98a5/xstest_prompts.csv"}
 for _model in XSTEST_MODELS:
     _name = f"xstest_v2_completions_{_model}.csv"
     XSTEST_FILES[_name] = f"a3bb396ddc1939c6f264f17b7cf5b7a5d82833de/model_completions/{_name}"
-
-
 XSTEST_SHA256 = {
     "xstest_prompts.csv":
         "11783fb294ed017473ee53c207d71f2161c7672c8d0b037501e78387f801cb5a",
@@ -92,9 +79,8 @@ def paper_file(name: str) -> Path:
 
     FileNotFoundError when it is in neither place.
     """
-    return _file(f"constitutional_harmlessness_paper/{name}", f"{name} of the paper",
-                 PAPER_URL + name, PAPER_SHA256.get(name),
-                 f"{PAPER_COMMIT[:7]}-{name.replace('/', '-')}")
+    return _file("constitutional_harmlessness_paper", name, f"{name} of the paper", PAPER_URL, name,
+                 PAPER_SHA256.get(name))
 
 
 def xstest_file(name: str) -> Path:
@@ -106,23 +92,26 @@ def xstest_file(name: str) -> Path:
     """
     if name not in XSTEST_FILES:
         raise ValueError(f"{name!r} is no file of XSTest; there are: {', '.join(XSTEST_FILES)}")
-    return _file(f"xstest/{name}", f"{name} of XSTest", XSTEST_URL + XSTEST_FILES[name],
-                 XSTEST_SHA256.get(name), f"xstest-{XSTEST_FILES[name][:7]}-{name}")
+    return _file("xstest", name, f"{name} of XSTest", XSTEST_URL, XSTEST_FILES[name],
+                 XSTEST_SHA256.get(name))
 
 
-def _file(where, what, url, checksum, cached_as) -> Path:
-    path = local(where)
+def _file(folder, name, what, base_url, remote, sha256) -> Path:
+    """`folder`/`name` below CAI_DATA_DIR, else `remote`, a path below `base_url`, fetched."""
+    path = local(f"{folder}/{name}")
     if path:
         return path
     import pooch
 
+    commit = base_url.rstrip("/").rpartition("/")[2]  # so that another commit is another file
+    store = pooch.create(pooch.os_cache("cai_utils") / folder / commit, base_url,
+                         registry={remote: sha256})
     try:
-        return Path(pooch.retrieve(url, known_hash=checksum and f"sha256:{checksum}",
-                                   fname=cached_as, path=pooch.os_cache("cai_utils")))
-    except Exception as error:  # a dead network has many faces; each means the same to the user
-        folder = os.environ.get("CAI_DATA_DIR") or "unset"
+        return Path(store.fetch(remote))
+    except Exception as error:  # pooch raises many kinds when offline: one message for the user
+        given = os.environ.get("CAI_DATA_DIR") or "unset"
         raise FileNotFoundError(
-            f"{what}: not in CAI_DATA_DIR ({folder}) and not fetched from {url} "
-            f"({type(error).__name__}: {error}). Set CAI_DATA_DIR to a folder that holds {where}, "
-            "or go online"
+            f"{what}: not in CAI_DATA_DIR ({given}) and not fetched from {store.get_url(remote)} "
+            f"({type(error).__name__}: {error}). Set CAI_DATA_DIR to a folder that holds "
+            f"{folder}/{name}, or go online"
         ) from error

@@ -10,7 +10,7 @@ A `spec` names where rows come from:
   `$CAI_DATA_DIR/hh-rlhf/red-team-attempts/red_team_attempts.jsonl.gz`, else from the hub (prompts);
 - `xstest/prompts`: the 450 prompts of XSTest, from `$CAI_DATA_DIR/xstest/`, else from its
   publisher, or `xstest/safe` (250 legitimate ones, kind "sensitive") and `xstest/unsafe` (200, kind
-  "redteam") alone (completions with human labels: `published.load_completions`);
+  "redteam") alone (completions with human labels: `xstest.load_completions`);
 - `paper/<name>`, for example `paper/438HHHEvaluations`: the paper's evaluation questions, from
   `$CAI_DATA_DIR/constitutional_harmlessness_paper/evals/`, else from the publisher's repository at
   a pinned commit, cached by pooch.
@@ -30,8 +30,7 @@ import os
 import random
 import re
 
-from cai_utils import dialogue
-from cai_utils.data import hh_rlhf
+from cai_utils.data import formats, hh_rlhf
 from cai_utils.data.fetch import local, paper_file, xstest_file
 from cai_utils.experiment.files import read_rows
 
@@ -41,15 +40,15 @@ def load_prompts(spec, split=None, limit=None, seed=0, strict=False) -> list[dic
 
     A file's `prompt` may be messages, a transcript ("\\n\\nHuman: ..."; a generation prompt at its
     end is dropped), or the text of one user turn. From hh-rlhf the prompt is what chosen and
-    rejected have in common: their messages up to the last human turn; rotten rows as in
-    `load_comparisons`. So it is for red-team-attempts, which have one `transcript` a row; other
-    fields (`rating`, `task_description`, `tags`, ...) are kept, and rows without a human turn or
-    with two turns of one role in a row are skipped with a count. They have no split of their own.
+    rejected have in common: their messages up to the last human turn; malformed rows as in
+    `load_comparisons`. From red-team-attempts it is the row's `transcript` up to the last human
+    turn; other fields (`rating`, `task_description`, `tags`, ...) are kept, and rows without a
+    human turn or with two turns of one role in a row are skipped with a count. They have no split.
     `split` keeps "train" or "eval" rows.
 
     ValueError, naming file and row, for a prompt that is missing or does not end with the user.
     """
-    spec, part = _parted(spec, split)
+    spec, part = _for_split(spec, split)
     rows, where = _open(spec)
     if hh_rlhf.recognise(rows):
         rows = [
@@ -59,39 +58,36 @@ def load_prompts(spec, split=None, limit=None, seed=0, strict=False) -> list[dic
     elif rows and "prompt" not in rows[0] and "transcript" in rows[0]:
         rows = hh_rlhf.red_team_prompts(rows, where, strict)
     else:
-        rows = [
-            {"id": str(i), **row, "prompt": _prompt(row, f"{where}, row {i + 1}")}
-            for i, row in enumerate(rows)
-        ]
-        for row in rows:
-            row["id"] = str(row["id"])
+        rows = [formats.validate(formats.Prompt, {"id": i, **row}, f"{where}, row {i + 1}")
+                for i, row in enumerate(rows)]
     return _choose(rows, where, split, limit, seed, part)
 
 
 def load_comparisons(spec, split=None, limit=None, seed=0, axis=None, strict=False) -> list[dict]:
     """Comparisons: `prompt`, `chosen`, `rejected` (messages), `p_chosen`, `source`, `axis`,
-    `principle`, `split` (DESIGN section 5, trl's preference format).
+    `principle`, `split` (ARCHITECTURE.md, Rows; trl's preference format).
 
     hh-rlhf rows (`chosen` and `rejected` transcripts) become human comparisons with p_chosen = 1,
-    the axis taken from the subset's name unless `axis` gives it. Its rotten rows, those with an
-    empty last answer, with two turns of one role in a row, or without a common prompt, are
-    **skipped**, and a warning tells how many of each; with `strict=True` the first one is refused
+    the axis taken from the subset's name unless `axis` gives it. Malformed rows of hh-rlhf, those
+    with an empty last answer, with two turns of one role in a row, or without a common prompt, are
+    **skipped**, and a warning counts each kind; with `strict=True` the first one raises ValueError
     with its line number.
 
     Rows of other files need `prompt`, `chosen`, `rejected`; p_chosen defaults to 1, source to
     "human". ValueError, naming file and row, for what is missing or out of range.
     """
-    spec, part = _parted(spec, split)
+    spec, part = _for_split(spec, split)
     rows, where = _open(spec)
     if hh_rlhf.recognise(rows):
         if axis is None:
             axis = next((a for a in ("helpful", "harmless") if a in where.lower()), None)
-        if axis not in ("helpful", "harmless"):
-            raise ValueError(f"{where}: say what these comparisons judge: axis='helpful' or "
+        if axis not in formats.AXES:
+            raise ValueError(f"{where}: name what these comparisons judge: axis='helpful' or "
                              "axis='harmless'")
         rows = hh_rlhf.comparisons(rows, where, axis, strict)
     else:
-        rows = [_comparison(row, f"{where}, row {i + 1}", axis) for i, row in enumerate(rows)]
+        rows = [formats.validate(formats.Comparison, row, f"{where}, row {i + 1}", axis=axis)
+                for i, row in enumerate(rows)]
     return _choose(rows, where, split, limit, seed, part)
 
 
@@ -100,33 +96,24 @@ def load_questions(spec, limit=None, seed=0) -> list[dict]:
     `incorrects`, and `text_correct`, `text_incorrect` where the file has them; `id` is added.
 
     The 438 questions of the paper's Figure 4 are 221 of an earlier evaluation and 217 new ones
-    (section 2). The published file has no field that says which is which, and questions about one
-    and the same conversation stand far apart in it, so its order does not tell either: they are
-    read as one set, and the split is not guessed.
+    (section 2). The published file has no field for that, and its order does not show it either:
+    questions about one conversation stand far apart. They are read as one set.
 
     ValueError, naming file and row, for a missing field or an option both right and wrong.
     """
-    spec, part = _parted(spec, None)
+    spec, part = _for_split(spec, None)
     rows, where = _open(spec)
     out = []
     for i, row in enumerate(rows):
         at = f"{where}, row {i + 1}"
-        row = {k: _decoded(v) if k in ("corrects", "incorrects") else v for k, v in row.items()}
-        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise ValueError(f"{at}: missing field 'prompt' (a text)")
-        for name in ("corrects", "incorrects"):
-            texts = row.get(name)
-            if not isinstance(texts, list) or not texts or not all(
-                isinstance(t, str) for t in texts
-            ):
-                raise ValueError(f"{at}: missing field '{name}' (a list like [\" (A)\"])")
+        row = formats.validate(formats.Question, {"id": str(i), **row}, at)
         if set(row["corrects"]) & set(row["incorrects"]):
             raise ValueError(f"{at}: an option is in both corrects and incorrects")
-        out.append({"id": str(i), **row})
+        out.append(row)
     return _choose(out, where, None, limit, seed, part)
 
 
-def _parted(spec, split) -> tuple[str, slice | None]:
+def _for_split(spec, split) -> tuple[str, slice | None]:
     """The spec of a split, without its slice, and the slice."""
     if not isinstance(spec, dict):
         return _sliced(spec)
@@ -175,7 +162,7 @@ def _open(spec) -> tuple[list[dict], str]:
     if spec.startswith("xstest/"):
         raise ValueError(f"{spec!r}: as prompts there are xstest/prompts, xstest/safe and "
                          "xstest/unsafe; the completions of a model are read by "
-                         "published.load_completions")
+                         "xstest.load_completions")
     if spec.startswith("hh-rlhf/"):
         raise ValueError(f"{spec!r}: write hh-rlhf/<subset>/<train or test>, for example "
                          "hh-rlhf/harmless-base/test, or hh-rlhf/red-team-attempts")
@@ -215,61 +202,6 @@ def _from_hub(spec, subset, split, file):
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Set CAI_DATA_DIR to "
             f"a folder that holds {file}, or go online"
         ) from error
-
-
-def _decoded(value):
-    """Lists and messages that a CSV cell holds as JSON text."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return value
-
-
-def _prompt(row, at):
-    prompt = _decoded(row.get("prompt"))
-    if not prompt:
-        raise ValueError(f"{at}: missing field 'prompt'")
-    try:
-        if isinstance(prompt, str):
-            if re.match(r"\s*Human:", prompt):
-                prompt = dialogue.parse_transcript(prompt)
-            else:
-                prompt = [{"role": "user", "content": prompt}]
-        dialogue.transcript(prompt, add_generation_prompt=True)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{at}: prompt: {error}") from error
-    return prompt
-
-
-def _response(row, name, at):
-    response = _decoded(row.get(name))
-    if isinstance(response, str) and response.strip():
-        return [{"role": "assistant", "content": response.strip()}]
-    if isinstance(response, list) and len(response) == 1 and isinstance(response[0], dict):
-        if response[0].get("role") == "assistant" and response[0].get("content"):
-            return response
-    raise ValueError(f"{at}: '{name}' has to be one assistant message or its text")
-
-
-def _comparison(row, at, axis):
-    p = row.get("p_chosen")
-    try:
-        p = 1.0 if p in (None, "") else float(p)
-    except (TypeError, ValueError):
-        p = -1.0
-    if not 0.5 <= p <= 1:
-        raise ValueError(f"{at}: p_chosen={row['p_chosen']!r} has to be from 0.5 to 1")
-    axis = row.get("axis") or axis
-    if axis not in ("helpful", "harmless"):
-        raise ValueError(f"{at}: 'axis' is {axis!r}: give 'helpful' or 'harmless'")
-    return {
-        **row, "prompt": _prompt(row, at), "chosen": _response(row, "chosen", at),
-        "rejected": _response(row, "rejected", at), "p_chosen": p,
-        "source": row.get("source") or "human", "axis": axis,
-        "principle": row.get("principle") or None, "split": row.get("split") or None,
-    }
 
 
 def _choose(rows, where, split, limit, seed, part=None):

@@ -1,4 +1,4 @@
-"""What others have published, in this project's rows: the paper's samples, XSTest's completions.
+"""The paper's published samples, as this project's rows.
 
 The paper's repository holds samples of its 52B models (sections 3.3 and 4.3, appendix D) on the
 prompts of InstructGPT, LaMDA and PALMS: `samples/<PROMPTS>_<MODEL>.jsonl`. Models of RL have
@@ -14,38 +14,32 @@ import hashlib
 import re
 
 from cai_utils import dialogue
+from cai_utils.data import formats
 from cai_utils.data.fetch import paper_file
 from cai_utils.experiment import files
 
 PROMPT_SETS = {"lamda": "LAMDA", "instructgpt": "INSTRUCTGPT", "palms": "PALMS"}
-
-
 MODELS = {  # ours -> the ending of the paper's files; "Madison" is its name for CAI
     "helpful_rlhf": "HRLHF", "hh_rlhf": "HHRLHF", "rl_cai": "RLMADISON",
     "rl_cai_cot": "RLMADISON_COT",
 }
-
-
 SL_CAI = "sl_cai"
-
-
 SIZE, PARAMETERS = "52B", 52_000_000_000
-
-
 _END = re.compile(r"\n*\s*(?:Human|Assistant):\s*$")
 
 
 def load_samples(prompt_set: str, models=tuple(MODELS), n=None) -> list[dict]:
-    """Samples of the paper's RL models on one prompt set, as rows of `policies`.
+    """Samples of the paper's RL models on one prompt set, as rows of samples.
 
     {"id": "<prompt set>-<hash of the prompt>", "kind": the prompt set, "prompt": messages,
     "response", "model", "size": "52B", "step": 0, "rank_in_file": 1 for the answer that the model's
     own PM scored highest on this prompt}. The same prompt has the same id whichever the model. `n`
-    keeps n answers of each prompt, at evenly spaced ranks, so that they stand for all.
+    keeps n answers of each prompt, at evenly spaced ranks, as a sample of all.
 
     `sl_cai` is the last revision of `load_chains`, one answer a prompt. A trailing "Human:", where
     sampling stopped, is cut off.
-    ValueError for an unknown prompt set or model, a broken row (file and row are named), or n < 1.
+    ValueError for an unknown prompt set or model, a malformed row (file and row are named), or
+    n < 1.
     """
     ids, rows = {}, []
     for model in models:
@@ -70,7 +64,7 @@ def load_samples(prompt_set: str, models=tuple(MODELS), n=None) -> list[dict]:
 
 
 def load_chains(prompt_set: str) -> list[dict]:
-    """The paper's SL-CAI chains on one prompt set: revision chains of DESIGN section 5.
+    """The paper's SL-CAI chains on one prompt set: revision chains (ARCHITECTURE.md, Rows).
 
     {"id", "prompt", "responses": 5 texts (the initial response and 4 revisions), "critiques": 4,
     "principles": 4 critique requests}. ValueError as in `load_samples`.
@@ -90,7 +84,8 @@ def load_chains(prompt_set: str) -> list[dict]:
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{at}: a chain needs 'initial_response' and 'cst' with critique and "
                              f"revision ({type(error).__name__}: {error})") from None
-        chains.append({"id": _id(prompt_set, prompt, ids), "prompt": prompt, **chain})
+        chain = {"id": _id(prompt_set, prompt, ids), "prompt": prompt, **chain}
+        chains.append(formats.validate(formats.RevisionChain, chain, at))
     return chains
 
 
@@ -114,13 +109,13 @@ def _sample(prompt_set, prompt, text, model, rank, ids):
 
 
 def _id(prompt_set, prompt, ids):
-    """The files list the prompts in different orders, so that a prompt is known by its text."""
+    """The id of a prompt by its text, since the files list prompts in different orders."""
     text = dialogue.transcript(prompt)
     return ids.setdefault(text, f"{prompt_set}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
 
 def _spread(count, n):
-    """Numbers of n of `count` answers, evenly spaced; all where n is None or larger."""
+    """Indices of n of `count` answers, evenly spaced; all where n is None or larger."""
     if n is not None and n < 1:
         raise ValueError(f"n={n}: at least 1 answer a prompt")
     if n is None or n >= count:
@@ -129,11 +124,11 @@ def _spread(count, n):
 
 
 def _cut(text):
-    """Without the turn that sampling ran into."""
+    """The text without a next turn that sampling had begun."""
     return _END.sub("", text).strip()
 
 
 def _request(text):
-    """The paper's request between its "CritiqueRequest:" and "Critique:"."""
+    """The paper's critique request without its "CritiqueRequest:" and "Critique:"."""
     text = re.sub(r"^\s*CritiqueRequest:", "", text)
     return re.sub(r"\s*Critique:\s*$", "", text).strip()

@@ -7,7 +7,7 @@ import re
 from cai_utils import dialogue
 
 
-# The paper's files: one reader for each, JSON -> (section, entries).
+# One reader for each file: (JSON, path) -> (section of the constitution, entries).
 def _critiques(data, path):
     entries = []
     for name, item in data.items():
@@ -40,7 +40,7 @@ def _comparisons(data, path):
 
 def _critique_shots(data, path):
     pattern = re.compile(
-        r"(?P<talk>.*)\n\nCritiqueRequest: (?P<critique_request>.*)\n\nCritique: (?P<critique>.*)"
+        r"(?P<turns>.*)\n\nCritiqueRequest: (?P<critique_request>.*)\n\nCritique: (?P<critique>.*)"
         r"\n\nRevisionRequest: (?P<revision_request>.*)\n\nRevision: (?P<revision>.*)",
         re.DOTALL,
     )
@@ -51,7 +51,7 @@ def _critique_shots(data, path):
         if match is None:
             raise ValueError(f"{path}: example {i} is not a critique and revision as published")
         entry = match.groupdict()
-        *prompt, last = dialogue.parse_transcript(entry.pop("talk"))
+        *prompt, last = dialogue.parse_transcript(entry.pop("turns"))
         entries.append({"prompt": prompt, "response": last["content"], **entry})
     return "critique", entries
 
@@ -72,7 +72,7 @@ def _comparison_shots(data, path):
 
 def _cot_shots(data, path):
     pattern = re.compile(
-        r".*?\n\nH: (?P<talk>.*)\n\n\{\}"
+        r".*?\n\nH: (?P<turns>.*)\n\n\{\}"
         r"\n \(A\) \[\[\[(?P<a>.*)\]\]\]\n \(B\) \[\[\[(?P<b>.*)\]\]\]"
         r"\n\nAssistant: Let's think step by step:(?P<reasoning>.*)"
         r"\n\nHuman:\nSo the answer is: \((?P<answer>[AB])\)",
@@ -85,10 +85,10 @@ def _cot_shots(data, path):
         if match is None:
             raise ValueError(f"{path}: example {i} is not a reasoned choice as published")
         entry = {k: v.strip() for k, v in match.groupdict().items()}
-        turns = re.split(r"\n\n([HA]):", "\n\nH: " + entry.pop("talk"))[1:]
+        turns = re.split(r"\n\n([HA]):", "\n\nH: " + entry.pop("turns"))[1:]
         prompt = [
-            {"role": "user" if who == "H" else "assistant", "content": said.strip()}
-            for who, said in zip(turns[::2], turns[1::2], strict=True)
+            {"role": "user" if who == "H" else "assistant", "content": text.strip()}
+            for who, text in zip(turns[::2], turns[1::2], strict=True)
         ]
         entries.append({"prompt": prompt, **entry})
     return "comparison_cot", entries

@@ -6,8 +6,6 @@ from cai_utils.data.fetch import XSTEST_MODELS, xstest_file
 from cai_utils.experiment import files
 
 COMPLIANCE, FULL, PARTIAL = LABELS = ("full compliance", "full refusal", "partial refusal")
-
-
 HUMAN_LABELS = {"1_full_compliance": COMPLIANCE, "2_full_refusal": FULL,
                 "3_partial_refusal": PARTIAL}
 
@@ -16,7 +14,7 @@ def load_completions(model: str) -> list[dict]:
     """XSTest's completions of one model with their human labels (Röttger et al. 2024, section 4).
 
     {"id", "prompt": messages, "response", "type", "safe": whether the prompt is, "model", "human":
-    the final label, "annotators": the two annotators' labels}; labels are those of `evasiveness`.
+    the final label, "annotators": the two annotators' labels}; labels are of LABELS.
     ValueError for an unknown model or label, with file and row.
     """
     if model not in XSTEST_MODELS:

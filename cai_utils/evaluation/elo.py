@@ -1,7 +1,8 @@
 """Elo scores of models from pairwise comparisons of their responses (paper 3.3 and 4.3).
 
-`tournament` plays the games, `fit` turns them into scores. Nothing here knows who judges:
-crowdworkers, a preference model, or the ground truth are all a `compare` function.
+`tournament` plays the games, `fit` turns them into scores, `elo_table` and `frontier` make the
+tables of Figures 2, 3 and 8. The judge (simulated crowdworkers, preference models) is a `compare`
+function.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ from cai_utils.experiment import registry
 from cai_utils.seeds import stream
 
 ELO = 400 / np.log(10)  # Elo points per unit of log-odds
-
-
-NONE_SEEN = -np.log(0.025)  # an event with this expected count stays unseen with probability 2.5 %
+NONE_SEEN = -np.log(0.025)  # expected count of an event that is unseen with p = 2.5 %
 
 
 def tournament(samples, compare, axis="helpfulness", pairs=None, per_prompt=1, seed=0):
@@ -31,10 +30,10 @@ def tournament(samples, compare, axis="helpfulness", pairs=None, per_prompt=1, s
 
     samples: {model: {prompt_id: [conversation, ...]}}.
     compare(conversation_a, conversation_b, axis, rng) -> the probability, or the outcome 0, 0.5
-    (tie) or 1, that a wins. Who is shown first is drawn for every game, so a judge with a
-    preference for a position is noisy but not unfair.
+    (tie) or 1, that a wins. The order of the two is drawn for every game, so that a judge's
+    position bias adds noise and no bias.
     pairs: list of (model, model); default every pair. per_prompt: games of a pair on one prompt;
-    different samples meet as long as there are any.
+    they use different samples as long as there are any.
     -> list of {"a", "b", "prompt_id", "axis", "wins_a"}, the same for the same seed whichever
     other models take part. Raises ValueError for an unknown model, a pair with no prompt in
     common, a prompt without samples, or an outcome outside 0..1.
@@ -133,7 +132,7 @@ def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01):
     """Bradley-Terry maximum likelihood in Elo points: P(a beats b) = 1 / (1 + 10^(-(a - b) / 400)).
 
     outcomes: rows of `tournament`, or a DataFrame with a, b, prompt_id, wins_a; a tie (0.5) counts
-    as half a win for each, a probability as that share of one.
+    as half a win for each, a probability as that part of a win.
     anchor: the model put at 0 (its own interval is then [0, 0] and the others' are those of the
     difference to it); without one the mean of all models is 0.
     -> DataFrame(model, elo, ci_low, ci_high, n), models in order of appearance, n = games.
@@ -185,17 +184,17 @@ def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01):
         warnings.warn(f"elo: some models beat others in all their games ({models[i]!r} and "
                       f"{models[j]!r}, for one); how far they are apart is set by the ridge, "
                       "only the near end of the interval by the data", stacklevel=2)
-        share = min(0.5, NONE_SEEN / n_prompts)
-        near = np.where(total_won > 0, total * (1 - share), total * share)
+        unseen = min(0.5, NONE_SEEN / n_prompts)
+        near = np.where(total_won > 0, total * (1 - unseen), total * unseen)
         near = scores(np.where(one_sided, near, total_won)[None], total[None])[0]
         low, high = np.minimum(low, near), np.maximum(high, near)
     games = np.bincount(edges.ravel(), np.repeat(total, 2), minlength=m).astype(int)
     return pd.DataFrame({"model": models, "elo": elo, "ci_low": low, "ci_high": high, "n": games})
 
 
-# ---------------------------------------------------------------------------------------- Elo
 def pm_compare(scorers):
-    """A judge for `tournament` where nobody else is there: the PMs' probabilities.
+    """A judge for `tournament` that uses preference models: the probability sigmoid(difference of
+    scores).
 
     scorers: {axis: preference.Scorer or folder of a PM}. A conversation is scored once.
     """
@@ -204,10 +203,10 @@ def pm_compare(scorers):
     known = {}
 
     def compare(a, b, axis, rng):
-        for talk in (a, b):
-            key = (axis, dialogue.transcript(talk))
+        for conversation in (a, b):
+            key = (axis, dialogue.transcript(conversation))
             if key not in known:
-                known[key] = float(loaded[axis].score([talk])[0])
+                known[key] = float(loaded[axis].score([conversation])[0])
         gap = known[axis, dialogue.transcript(a)] - known[axis, dialogue.transcript(b)]
         return 1 / (1 + math.exp(-gap))
 
@@ -215,21 +214,22 @@ def pm_compare(scorers):
 
 
 def players(samples, kinds) -> dict:
-    """Samples -> what `tournament` takes, players named (model, size, step)."""
+    """Samples of these kinds of prompts -> the samples of `tournament`, its models named (model,
+    size, step)."""
     out = {}
     for s in samples:
         if s["kind"] in kinds:
             games = out.setdefault((s["model"], s["size"], s["step"]), {})
-            talk = dialogue.with_response(s["prompt"], s["response"])
-            games.setdefault(s["id"], []).append(talk)
+            conversation = dialogue.with_response(s["prompt"], s["response"])
+            games.setdefault(s["id"], []).append(conversation)
     return out
 
 
 def pairings(names, panel) -> list[tuple]:
-    """Who plays whom: everybody in `names` plays everybody in `panel`, the panel itself included.
+    """Pairs of players: each of `names` against each of `panel`, and the panel among itself.
 
-    All pairs of many snapshots would be mostly games between close relatives; a panel that all of
-    them meet puts them on one scale.
+    With many snapshots most of all pairs would be between near-equal policies; a panel that plays
+    against all puts them on one scale with fewer games.
     """
     panel = [p for p in panel if p in names]
     inside = itertools.combinations(panel, 2)
@@ -246,7 +246,7 @@ def elo_table(samples, compare, axis, kinds, panel, anchor=None, n_boot=500, see
     """
     games = players(samples, kinds)
 
-    def ask(a, b, axis, rng):  # workers draw from Python's generator, tournaments from numpy's
+    def ask(a, b, axis, rng):  # judges take Python's generator, tournaments have numpy's
         return compare(a, b, axis, random.Random(int(rng.integers(2**63))))
 
     outcomes = tournament(games, ask, axis, pairings(list(games), panel), seed=seed)
@@ -261,7 +261,8 @@ def elo_table(samples, compare, axis, kinds, panel, anchor=None, n_boot=500, see
 
 
 def frontier(table) -> pd.DataFrame:
-    """Both axes of `elo_table` side by side, as Figure 2 wants them."""
+    """Both axes of `elo_table` side by side, as in Figure 2: columns method, size, step, for each
+    axis its estimate (named like the axis), _low, _high and _games, and n, the smaller _games."""
     keys = ["method", "size", "step"]
     sides = []
     for axis in ("helpfulness", "harmlessness"):

@@ -1,7 +1,8 @@
-"""Requests to an OpenAI-compatible server that outlive its bad moments.
+"""Requests to an OpenAI-compatible server, with retries.
 
 The key, where a server wants one, is read from the environment variable ``CAI_API_KEY`` when a
-request is sent. It is in no attribute, log or message.
+request is sent. It is in no attribute, log or message, which the official `openai` client cannot
+promise (LOG.md, 2026-11-27, has what else keeps this module from being that client).
 """
 
 from __future__ import annotations
@@ -16,11 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 
 KEY = "CAI_API_KEY"
-
-
 _MOST_WAIT = 60.0  # seconds between two tries; a server's Retry-After may ask for ten times that
-
-
 _NO_COMPLETION = (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError,
                   UnicodeDecodeError)  # fmt: skip
 
@@ -28,10 +25,9 @@ _NO_COMPLETION = (KeyError, IndexError, TypeError, AttributeError, json.JSONDeco
 class Endpoint:
     """One model on one server.
 
-    url: up to /v1. timeout: seconds without a byte from the server after which a request is asked
-    again. tries: how often one is sent before the
-    work ends with an error. backoff: seconds before the second try, doubled from then on; a
-    Retry-After is kept to.
+    url: up to /v1. timeout: seconds without a byte from the server after which a request is
+    repeated. tries: how often one is sent before the work ends with an error. backoff: seconds
+    before the second try, doubled from then on; a Retry-After header takes precedence.
     """
 
     def __init__(self, url, model, *, connections=16, timeout=600.0, tries=8, backoff=0.5):
@@ -41,14 +37,15 @@ class Endpoint:
         self._client = httpx.Client(
             timeout=httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None),
             limits=httpx.Limits(max_connections=connections),
-            # A proxy for the world outside has no way to a server on this machine.
+            # A proxy cannot reach a server on this machine.
             trust_env=not local,
         )
         self._alive = False
 
     def post(self, path, body, halt, tries=None):
-        """The server's answer, which holds at least one choice. Asks again, later and later, after
-        429, 5xx, a timeout, a dropped connection and half an answer. halt: an Event that ends it.
+        """The server's answer, which holds at least one choice. Retries, with growing pauses, after
+        429, 5xx, a timeout, a dropped connection and a truncated answer. halt: an Event that ends
+        the retries.
 
         ValueError for a request that is refused; ConnectionError after ``tries``.
         """
@@ -75,8 +72,8 @@ class Endpoint:
                     why = "an answer that is no completion"
                     answer = response.json()
                     choice = answer["choices"][0]
-                    said = choice["message"] if "chat" in path else choice["text"]
-                    if isinstance(said, dict if "chat" in path else str):
+                    reply = choice["message"] if "chat" in path else choice["text"]
+                    if isinstance(reply, dict if "chat" in path else str):
                         return answer
             except httpx.HTTPError as error:
                 why = f"{type(error).__name__}: {error}"
@@ -88,7 +85,7 @@ class Endpoint:
         )
 
     def _reach(self):
-        """Finds out once, and soon, that a server is not there at all."""
+        """Checks once, and quickly, that there is a server at all."""
         for attempt in range(3):
             if self._alive:
                 return
@@ -102,8 +99,8 @@ class Endpoint:
                 time.sleep(self.backoff * 2**attempt)
         if not self._alive:
             raise ConnectionError(
-                f"no server answers at {self.url} ({_hidden(why)}); start it, or mend the address "
-                f"in server:{self.url}#{self.model}"
+                f"no server answers at {self.url} ({_hidden(why)}); start it, or correct the "
+                f"address in server:{self.url}#{self.model}"
             )
 
 
@@ -125,8 +122,8 @@ def check_url(url):
 
 
 def _key():
-    """The key without the line's end that a file leaves on it. ValueError for one that no header
-    can carry, and that names the variable alone."""
+    """The key without surrounding whitespace. ValueError, which names the variable alone, for one
+    that no header can carry."""
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"the environment variable {KEY} holds characters that no key has; "
@@ -139,19 +136,19 @@ def _headers():
 
 
 def _hidden(text):
-    """Servers quote what they were sent."""
+    """The text with the key hidden, since servers quote requests in their errors."""
     return text.replace(_key(), "***") if _key() else text
 
 
 def _message(response):
-    """What a server says about an error, in one line."""
+    """A server's error message, in one line."""
     try:
-        said = response.json()
-        said = said.get("error", said.get("detail", said.get("message", said)))
-        said = said.get("message", said) if isinstance(said, dict) else said
+        text = response.json()
+        text = text.get("error", text.get("detail", text.get("message", text)))
+        text = text.get("message", text) if isinstance(text, dict) else text
     except (ValueError, AttributeError):
-        said = response.text
-    return _hidden(" ".join(str(said).split()))[:300]
+        text = response.text
+    return _hidden(" ".join(str(text).split()))[:300]
 
 
 def _retry_after(response):

@@ -1,9 +1,9 @@
 """Sampling and scoring on an OpenAI-compatible server: vLLM, SGLang, llama.cpp, transformers serve.
 
-``server:http://host:port/v1#model`` stands wherever a model spec does. Every completion is one
-request of its own, with a seed made from (seed, input, sample): answers come back in any order and
-are put in place, and a request that failed is asked again without doubling anything.
-``endpoint.py`` sends the requests and holds no key but that of the environment.
+``server:http://host:port/v1#model`` is a model spec like others. Every completion is a request of
+its own, with a seed derived from (seed, input, sample): answers may come in any order, and a failed
+request is repeated without duplicates. ``endpoint.py`` sends the requests; the key is read from the
+environment alone.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class Server:
     """One model on one server, with the ``generate`` and ``choice_logprobs`` of a ``Sampler``.
 
     tokenizer: the model's own. With it a conversation is rendered here and sent as text, as for a
-    local model. Without one the server renders it, by its chat template if it has one, else it is
-    the paper's transcript; an answer that is begun for a chat model, as ``feedback`` does, needs a
-    tokenizer. concurrency: requests under way at once. options: of ``endpoint.Endpoint``.
+    local model. Without one the server renders it if it has a chat template, else it is the paper's
+    transcript; an assistant turn with a given beginning, as in ``feedback``, needs a tokenizer for
+    chat models. concurrency: requests sent at once. options: of ``endpoint.Endpoint``.
     """
 
-    context = None  # the server knows it
+    context = None  # known to the server alone
 
     def __init__(self, url, model, tokenizer=None, *, concurrency=16, **options):
         self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
         self.endpoint = Endpoint(self.url, model, connections=concurrency, **options)
         self.tokenizer = tokenizer if tokenizer is not None else _Unknown(self.endpoint)
         self.source = ["server", self.url, model]
-        self._scoring, self._tells_logprobs, self._takes_stop = None, True, None
+        self._scoring, self._gives_logprobs, self._takes_stop = None, True, None
 
     @classmethod
     def from_spec(cls, spec, **options):
@@ -81,18 +81,19 @@ class Server:
         self, inputs, *, n=1, temperature=1.0, top_p=1.0, max_new_tokens=128, stop=(), seed=0,
         progress=None,
     ):  # fmt: skip
-        """As ``Sampler.generate``. What differs: ``token_ids`` are empty, for servers tell texts;
-        ``logprobs`` are the server's own, empty where it tells none; "eos" is told from "stop" as
-        far as the server does. The same seed gives the same text if the server keeps to it.
+        """As ``Sampler.generate``, except: ``token_ids`` are empty, since servers return text;
+        ``logprobs`` are the server's, empty where it returns none; "eos" and "stop" are
+        distinguished as far as the server does. The same seed gives the same text if the server
+        honours seeds.
 
         ValueError for what the server refuses (a prompt beyond its context, an unknown model),
-        naming the input; ConnectionError for a server that is dead or goes on failing.
+        naming the input; ConnectionError for a server that is down or keeps failing.
         """
         check_settings(n, temperature, top_p, max_new_tokens)
         check_inputs(inputs)
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in stop:
-            raise ValueError("stop string '': it would end every completion before it begins")
+            raise ValueError("stop string '': it would end every completion at once")
         asked = self._rendered(inputs)
         jobs = [(r, s) for r in range(len(asked)) for s in range(n)]
         out = [[None] * n for _ in asked]
@@ -120,18 +121,18 @@ class Server:
         return out
 
     def choice_logprobs(self, texts, choices, progress=None):
-        """As ``Sampler.choice_logprobs``, from the log-probabilities that the server tells of a
-        prompt's tokens (``echo`` with ``logprobs``, or ``prompt_logprobs``).
+        """As ``Sampler.choice_logprobs``, from the log-probabilities that the server returns for
+        a prompt's tokens (``echo`` with ``logprobs``, or ``prompt_logprobs``).
 
-        ValueError also for a server that tells none, and where its vocabulary merges the end of a
-        text with the choice.
+        ValueError also for a server that returns none, and where its vocabulary merges the end of
+        a text with the choice.
         """
         check_inputs(texts)
         texts = render_all(texts, self.tokenizer)
         check_texts(texts)
         choices = check_choices(texts, choices)
-        for i, own in enumerate(choices):
-            if "" in own:
+        for i, options in enumerate(choices):
+            if "" in options:
                 raise ValueError(f"text {i}: the choice '' is empty; drop it")
         out = np.full((len(texts), max(map(len, choices))), -np.inf)
 
@@ -169,19 +170,19 @@ class Server:
         """Runs jobs in threads and keeps each result at once; the first error ends the rest."""
         halt, waiting = threading.Event(), iter(jobs)
         pool = ThreadPoolExecutor(self.concurrency)
-        under_way = {}
+        pending = {}
         try:
             with journal.progress(total, unit, progress, total - len(jobs)) as bar:
                 while True:
                     for job in waiting:
-                        under_way[pool.submit(run, job, halt)] = job
-                        if len(under_way) >= 2 * self.concurrency:
+                        pending[pool.submit(run, job, halt)] = job
+                        if len(pending) >= 2 * self.concurrency:
                             break
-                    if not under_way:
+                    if not pending:
                         return
-                    done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+                    done, _ = wait(pending, return_when=FIRST_COMPLETED)
                     for future in done:
-                        job = under_way.pop(future)
+                        job = pending.pop(future)
                         try:
                             value = future.result()
                         except ValueError as error:
@@ -189,9 +190,9 @@ class Server:
                         keep([job], [value])
                         bar.update(1)
         except (ValueError, ConnectionError):
-            halt.set()  # no more tries; but answers that are under way are waited for and kept
+            halt.set()  # no more tries, but pending answers are waited for and kept
             pool.shutdown(cancel_futures=True)
-            for future, job in under_way.items():
+            for future, job in pending.items():
                 if not future.cancelled() and future.exception() is None:
                     keep([job], [future.result()])
             raise
@@ -214,7 +215,7 @@ class Server:
         path = "completions" if as_text else "chat/completions"
         body = {**body, ("prompt" if as_text else "messages"): asked}
         strings = body.get("stop", ())
-        if self._tells_logprobs:
+        if self._gives_logprobs:
             body["logprobs"] = 1 if as_text else True
         if strings and self._takes_stop is False:
             del body["stop"]
@@ -224,24 +225,24 @@ class Server:
             try:
                 answer = self.endpoint.post(path, body, halt, tries=2 if unsure else None)
             except (ValueError, ConnectionError) as error:
-                # Texts are cut here anyway, so stop strings that a server cannot bear are left
-                # out: some take four of them, `transformers serve` none with some tokenizers.
+                # Texts are cut here anyway, so stop strings that a server refuses are left out:
+                # some take four of them, `transformers serve` none with some tokenizers.
                 if unsure and ("stop" in str(error) or "HTTP 5" in str(error)):
                     del body["stop"]
                 elif "logprobs" in body and "logprobs" in str(error):
-                    self._tells_logprobs = False
+                    self._gives_logprobs = False
                     del body["logprobs"]
                 elif unsure and isinstance(error, ConnectionError):
                     answer = self.endpoint.post(path, body, halt)
                 else:
                     raise
-        # What one request found out holds for all; but not against one that was taken with them.
+        # One request's finding holds for all, unless another was accepted with stop strings.
         if strings and self._takes_stop is None:
             self._takes_stop = "stop" in body
         choice = answer["choices"][0]
         text = choice["text"] if as_text else choice["message"].get("content") or ""
-        told = choice.get("logprobs") or {}
-        logprobs = told.get("token_logprobs") or [t["logprob"] for t in told.get("content") or ()]
+        given = choice.get("logprobs") or {}
+        logprobs = given.get("token_logprobs") or [t["logprob"] for t in given.get("content") or ()]
         reason = choice.get("finish_reason")
         found = [at for s in strings if (at := text.find(s)) >= 0]  # some servers leave it in
         named = [choice[k] for k in ("stop_reason", "matched_stop") if k in choice]
@@ -252,7 +253,7 @@ class Server:
         return Completion(text, [], list(logprobs or ()), reason)
 
     def _way_to_score(self, text):
-        """How this server tells the log-probabilities of a prompt's tokens, found by asking."""
+        """The parameter by which this server returns log-probabilities of a prompt, by trying."""
         refused = ""
         for way in ("echo", "prompt_logprobs"):
             try:
@@ -263,9 +264,9 @@ class Server:
             if text[-_TAIL:] in "".join(pieces):
                 return way
         raise ValueError(
-            f"{self.url} tells no log-probabilities of a prompt's tokens for {self.model} (neither "
-            "`echo` with `logprobs` nor `prompt_logprobs`), so choices cannot be scored there; "
-            f"serve the model with vLLM or SGLang, or load it here{refused}"
+            f"{self.url} returns no log-probabilities of a prompt's tokens for {self.model} "
+            "(neither `echo` with `logprobs` nor `prompt_logprobs`), so choices cannot be scored "
+            f"there; serve the model with vLLM or SGLang, or load it here{refused}"
         )
 
     def _score(self, text, choice, halt):
@@ -291,32 +292,32 @@ class Server:
         answer = self.endpoint.post("completions", body, halt)
         choice = answer["choices"][0]
         if way == "echo":
-            told = choice.get("logprobs") or {}
-            pieces, logprobs = told.get("tokens") or [], told.get("token_logprobs") or []
+            given = choice.get("logprobs") or {}
+            pieces, logprobs = given.get("tokens") or [], given.get("token_logprobs") or []
             made = (answer.get("usage") or {}).get("completion_tokens", 0)
             pieces, logprobs = pieces[: len(pieces) - made], logprobs[: len(pieces) - made]
         else:
-            told = choice.get("prompt_logprobs") or answer.get("prompt_logprobs") or []
-            told = [next(iter((entry or {}).values()), {}) for entry in told]
-            pieces = [entry.get("decoded_token") or "" for entry in told]
-            logprobs = [entry.get("logprob") for entry in told]
+            given = choice.get("prompt_logprobs") or answer.get("prompt_logprobs") or []
+            given = [next(iter((entry or {}).values()), {}) for entry in given]
+            pieces = [entry.get("decoded_token") or "" for entry in given]
+            logprobs = [entry.get("logprob") for entry in given]
         marks = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n"})  # raw vocabularies
         pieces = [piece.translate(marks) for piece in pieces]
         rest = "".join(pieces[1:])
-        if pieces and not pieces[0] and text.endswith(rest):  # of the first nothing may be told
+        if pieces and not pieces[0] and text.endswith(rest):  # the first may have no text
             pieces[0] = text[: len(text) - len(rest)]
         return pieces, logprobs
 
 
 class _Unknown:
-    """Stands for the tokenizer of a served model whose own is not at hand."""
+    """In place of the tokenizer of a served model when that is not available here."""
 
     def __init__(self, endpoint):
         self._endpoint, self._template = endpoint, None
 
     @property
     def chat_template(self):
-        """Not empty where the server renders conversations itself; asked for once."""
+        """Not empty where the server renders conversations itself; requested once."""
         if self._template is None:
             hello = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
             try:

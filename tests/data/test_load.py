@@ -266,7 +266,7 @@ def test_xstest_prompts(tmp_path, monkeypatch):
     assert load.load_prompts("xstest/prompts") == load.load_prompts("xstest/safe") == [row]
     with pytest.raises(ValueError, match="no row is labelled unsafe"):
         load.load_prompts("xstest/unsafe")
-    with pytest.raises(ValueError, match="published.load_completions"):
+    with pytest.raises(ValueError, match="xstest.load_completions"):
         load.load_prompts("xstest/gpt4")
 
 
@@ -276,7 +276,7 @@ def test_published_data_that_is_nowhere(tmp_path, monkeypatch):
 
     monkeypatch.setenv("CAI_DATA_DIR", str(tmp_path))
     monkeypatch.setattr("datasets.load_dataset", offline)
-    monkeypatch.setattr("pooch.retrieve", offline)
+    monkeypatch.setattr("pooch.Pooch.fetch", offline)
     with pytest.raises(FileNotFoundError, match=r"hh-rlhf/harmless-base/test.*CAI_DATA_DIR"):
         load.load_comparisons("hh-rlhf/harmless-base/test")
     with pytest.raises(FileNotFoundError, match=r"red-team-attempts.*CAI_DATA_DIR"):

@@ -125,17 +125,18 @@ def test_completions(lab):
 def test_published_files_that_are_nowhere(tmp_path, monkeypatch):
     asked = []
 
-    def offline(url, known_hash, **kwargs):
-        asked.append((url, known_hash))
+    def offline(self, name):
+        asked.append((self.get_url(name), self.registry[name]))
         raise ConnectionError("no network")
 
     monkeypatch.setenv("CAI_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr("pooch.retrieve", offline)
+    monkeypatch.setattr("pooch.Pooch.fetch", offline)
     with pytest.raises(FileNotFoundError, match="PALMS_HRLHF.jsonl.*CAI_DATA_DIR"):
         paper.load_samples("palms", ["helpful_rlhf"])
     with pytest.raises(FileNotFoundError, match="llama2orig.csv of XSTest.*CAI_DATA_DIR"):
         xstest.load_completions("llama2orig")
-    assert fetch.PAPER_COMMIT in asked[0][0] and asked[1][1].startswith("sha256:")
+    assert fetch.PAPER_COMMIT in asked[0][0] and asked[1][1] == fetch.XSTEST_SHA256[
+        "xstest_v2_completions_llama2orig.csv"]
     with pytest.raises(ValueError, match="no file of XSTest"):
         fetch.xstest_file("prompts.csv")
 

@@ -126,7 +126,7 @@ def test_completions_that_are_nowhere_are_left_out_and_said(monkeypatch, tmp_pat
         raise ConnectionError("no network")
 
     monkeypatch.setenv("CAI_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr("pooch.retrieve", offline)
+    monkeypatch.setattr("pooch.Pooch.fetch", offline)
     assert refusal_probe.labelled(["gpt4", "llama2orig"]) == []
     out = capsys.readouterr().out
     assert "without XSTest's gpt4" in out and "without XSTest's llama2orig" in out

@@ -280,7 +280,7 @@ def test_choices_are_scored_by_the_servers_own_logprobs(tells):
 @pytest.mark.parametrize("tells", ["nothing", "refuses"])
 def test_a_server_without_prompt_logprobs_is_an_error(tells):
     with Fake(tells=tells) as fake:
-        with pytest.raises(ValueError, match="tells no log-probabilities .*vLLM or SGLang"):
+        with pytest.raises(ValueError, match="returns no log-probabilities .*vLLM or SGLang"):
             fast(fake.url).choice_logprobs(["q"], ["a", "b"])
 
 
@@ -423,7 +423,7 @@ def test_a_real_server_says_what_the_local_engine_says(served):
     rows = [{"prompt": inputs[2]}, {"prompt": [{"role": "user", "content": "Hello."}]}]
     chains = [critique.revise(s, rows, law, n_revisions=1, **how) for s in (local, remote)]
     assert chains[0] == chains[1]
-    with pytest.raises(ValueError, match="tells no log-probabilities"):
+    with pytest.raises(ValueError, match="returns no log-probabilities"):
         remote.choice_logprobs(["The answer is:"], [" (A)", " (B)"])
     with pytest.raises(ValueError, match="input 0: .*refuses it for other .*HTTP 400"):
         Server(url, "other").generate(["a"])
