@@ -2,8 +2,8 @@
 thought, and answers.
 
 A base LM reads a question as text and continues it; for a chat model the question is a user turn,
-and the assistant's turn is begun for it with "The answer is:". The probabilities of " (A)", " (B)"
-and so on behind that are the answer. With chain of thought the model writes its steps first.
+and the assistant's turn is started for it with "The answer is:". The probabilities of " (A)",
+" (B)" and so on after that are the answer. With chain of thought the model writes its steps first.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def few_shot_examples(constitution, cot: bool = False) -> list[dict]:
 def few_shot_text(constitution, cot: bool = False) -> str:
     """The constitution's comparison examples, answered, as a plain text prefix for questions.
 
-    With `cot` those of `few_shot["comparison_cot"]`, each with its reasoning. An example without a
-    principle of its own takes that of the question behind it; a prefix has none to take, and shows
-    "Which response is better?".
+    With `cot` those of `few_shot["comparison_cot"]`, each with its reasoning. In
+    `comparison_question` an example without a principle takes that of the question; here the
+    question is not known, and such an example shows "Which response is better?".
     """
     return "".join(_answered(example, "Which response is better?", cot)
                    for example in few_shot_examples(constitution, cot))
@@ -91,7 +91,7 @@ def comparison_question(sampler, prompt, a, b, principle, examples=(), cot=False
         messages.append({"role": "user", "content": body})
         messages.append({"role": "assistant", "content": _reply(e, cot)})
     messages.append({"role": "user", "content": question_body(prompt, a, b, principle)})
-    return _begun_turn(sampler, messages, cot)
+    return _started_turn(sampler, messages, cot)
 
 
 def _answered(example, principle, cot):
@@ -108,8 +108,8 @@ def _reply(example, cot):
     return f"{ANSWER_LEAD} ({example['answer']})"
 
 
-def _begun_turn(sampler, messages, cot):
-    """A chat model's text up to the lead with which its own turn is begun."""
+def _started_turn(sampler, messages, cot):
+    """A chat model's text, which ends in the lead that starts the model's turn."""
     return dialogue.render(messages, sampler.tokenizer) + (COT_LEAD if cot else ANSWER_LEAD)
 
 
@@ -122,7 +122,7 @@ def _question_input(sampler, prompt, few_shot, cot):
     body = prompt[: -len(ANSWER_LEAD)].rstrip().removesuffix("Assistant:")
     body = body.strip().removeprefix("Human:").strip()
     content = f"{few_shot}\n\n{body}".strip()
-    return _begun_turn(sampler, [{"role": "user", "content": content}], cot)
+    return _started_turn(sampler, [{"role": "user", "content": content}], cot)
 
 
 def swap_options(prompt: str, row: int = 0) -> str:
