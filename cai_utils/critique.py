@@ -10,7 +10,7 @@ from cai_utils import dialogue
 from cai_utils.constitution import draw
 from cai_utils.seeds import stable_int
 
-# Where a base LM would go on to write somebody else's part.
+# Where a base LM would go on with the next part of the transcript.
 STOPS = ("\n\nHuman:", "\n\nAssistant:", "\n\nCritiqueRequest:", "\n\nRevisionRequest:")
 
 
@@ -52,38 +52,28 @@ def revise(
 
     Each step draws one principle per row, independently of all other rows and steps
     (`constitution.draw`, from the first `n_principles`); the model critiques its last response and
-    revises it, and the revision takes the response's place in the next step. With
-    `critiqued=False` it is only asked for the revision. All rows take a step together.
+    revises it, and the next step starts from the revision. With `critiqued=False` the model is only
+    asked for the revision. All rows take a step together.
 
     rows: {"prompt": messages ending with the user's, "id", ...}; other fields are kept.
     sampler: `sampling.Sampler`, or anything with its `generate` and `tokenizer`.
     initial: the first response of each row; sampled when None.
-    few_shot: puts the constitution's `few_shot["critique"]` before every request, of direct
-    revisions without the critiques.
+    few_shot: puts the constitution's `few_shot["critique"]` before every request, without the
+    critiques if `critiqued` is False.
 
     Returns rows with `responses` (n_revisions + 1 texts, the initial one first), `critiques`
-    (n_revisions texts, or None where direct), `principles` (their ids) and `empty`: how many
-    revisions came back empty. An empty revision keeps the response before it.
+    (n_revisions texts, or None where direct), `principles` (their ids) and `empty`: the number of
+    empty revisions, in whose place the response before is kept (ARCHITECTURE.md, Rows).
 
     ValueError for a prompt that does not end with a user message, a wrong number of `initial`
     responses, an empty constitution, or `few_shot` without examples.
     """
-    for i, row in enumerate(rows):
-        if not row.get("prompt") or row["prompt"][-1].get("role") != "user":
-            raise ValueError(f"row {i}: 'prompt' has to be messages that end with a user message")
-    if initial is not None and len(initial) != len(rows):
-        raise ValueError(f"initial has {len(initial)} responses for {len(rows)} rows")
-    examples = constitution.few_shot.get("critique", []) if few_shot else []
-    if few_shot and not examples:
-        raise ValueError(
-            f"constitution {constitution.name!r} has no few_shot critiques: add some to its file "
-            "or pass few_shot=False"
-        )
     rows = list(rows)
+    examples = _check(rows, constitution, few_shot, initial)
     if not rows:
         return []
     as_text = dialogue.uses_transcript(getattr(sampler, "tokenizer", None))
-    prefix = _examples(examples, critiqued, as_text)
+    prefix = _few_shot_prefix(examples, critiqued, as_text)
     stops = tuple(dict.fromkeys((*stop, *(STOPS if as_text else ()))))
 
     def sample(inputs, *key):
@@ -105,16 +95,12 @@ def revise(
         ]
         critiques = [None] * len(rows)
         if critiqued:
-            asked = [
-                prefix + _critique_input(p, r, d, as_text)
-                for p, r, d in zip(prompts, last, drawn, strict=True)
-            ]
-            critiques = sample(asked, step, "critique")
-        asked = [
-            prefix + _revision_input(p, r, d, c, as_text)
-            for p, r, d, c in zip(prompts, last, drawn, critiques, strict=True)
-        ]
-        revisions = sample(asked, step, "revision")
+            inputs = [prefix + _critique_input(*item, as_text)
+                      for item in zip(prompts, last, drawn, strict=True)]
+            critiques = sample(inputs, step, "critique")
+        inputs = [prefix + _revision_input(*item, as_text)
+                  for item in zip(prompts, last, drawn, critiques, strict=True)]
+        revisions = sample(inputs, step, "revision")
         for chain, principle, critique, revision in zip(
             chains, drawn, critiques, revisions, strict=True
         ):
@@ -126,8 +112,24 @@ def revise(
     return chains
 
 
+def _check(rows, constitution, few_shot, initial):
+    """Checks the arguments of `revise`; returns the few-shot examples."""
+    for i, row in enumerate(rows):
+        if not row.get("prompt") or row["prompt"][-1].get("role") != "user":
+            raise ValueError(f"row {i}: 'prompt' has to be messages that end with a user message")
+    if initial is not None and len(initial) != len(rows):
+        raise ValueError(f"initial has {len(initial)} responses for {len(rows)} rows")
+    examples = constitution.few_shot.get("critique", []) if few_shot else []
+    if few_shot and not examples:
+        raise ValueError(
+            f"constitution {constitution.name!r} has no few_shot critiques: add some to its file "
+            "or pass few_shot=False"
+        )
+    return examples
+
+
 def _critique_input(prompt, response, principle, as_text):
-    """The input that asks for a critique: a text, or messages for a chat model."""
+    """The input that asks for a critique: a text for a base LM, messages for a chat model."""
     if as_text:
         return critique_text(prompt, response, principle["critique_request"])
     return [
@@ -138,29 +140,29 @@ def _critique_input(prompt, response, principle, as_text):
 
 def _revision_input(prompt, response, principle, critique, as_text):
     """The input that asks for a revision; direct where `critique` is None."""
-    ask = principle["revision_request"]
+    request = principle["revision_request"]
     if as_text and critique is None:
-        return direct_revision_text(prompt, response, ask)
+        return direct_revision_text(prompt, response, request)
     if as_text:
-        return revision_text(prompt, response, principle["critique_request"], critique, ask)
+        return revision_text(prompt, response, principle["critique_request"], critique, request)
     if critique is None:
-        turns = dialogue.with_response(prompt, response)
+        messages = dialogue.with_response(prompt, response)
     else:
-        turns = dialogue.with_response(
+        messages = dialogue.with_response(
             _critique_input(prompt, response, principle, as_text), critique
         )
-    return [*turns, {"role": "user", "content": ask}]
+    return [*messages, {"role": "user", "content": request}]
 
 
-def _examples(examples, critiqued, as_text):
+def _few_shot_prefix(examples, critiqued, as_text):
     """The few-shot prefix in the form of the inputs: one text, or a list of messages."""
     prefix = "" if as_text else []
     for e in examples:
-        asked = _revision_input(
+        request = _revision_input(
             e["prompt"], e["response"], e, e["critique"] if critiqued else None, as_text
         )
         if as_text:
-            prefix += f"{asked} {e['revision']}"
+            prefix += f"{request} {e['revision']}"
         else:
-            prefix += dialogue.with_response(asked, e["revision"])
+            prefix += dialogue.with_response(request, e["revision"])
     return prefix

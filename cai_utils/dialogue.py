@@ -15,9 +15,8 @@ import re
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
-
-# The transcript as a chat template, for tokenizers that shall render it in other tools. It closes a
-# finished conversation with eos, as training here does (`sft.encode`); `uses_transcript` knows it.
+# The transcript as a chat template, for tokenizers that are used in other tools. It ends a finished
+# conversation with eos, as training does (``tokens.encode``); ``uses_transcript`` recognises it.
 TEMPLATE = (
     "{% for m in messages %}{{ '\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: ' }}"
     "{{ m['content'] }}{% endfor %}"
@@ -25,10 +24,7 @@ TEMPLATE = (
     "{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
 )
 
-
 _ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
-
-
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -47,9 +43,8 @@ def transcript(messages, add_generation_prompt=False):
 def parse_transcript(text):
     """The paper's transcript -> messages, contents stripped of outer whitespace.
 
-    An empty last assistant turn is a generation prompt and is dropped. Turns are kept as they come,
-    two of the same speaker in a row included (hh-rlhf has some). ValueError when the text does not
-    begin with a turn.
+    An empty last assistant turn is a generation prompt and is dropped. Two turns of one speaker in
+    a row are kept (hh-rlhf has some). ValueError when the text does not begin with a turn.
     """
     text = "\n\n" + text.lstrip()
     if not _TURN.match(text):
@@ -67,8 +62,8 @@ def parse_transcript(text):
 
 
 def uses_transcript(tokenizer):
-    """Whether conversations reach this model as "Human: / Assistant:" text: it has no chat template
-    (a base LM), or its template renders the transcript (the miniature)."""
+    """Whether this model reads conversations as "Human: / Assistant:" text: it has no chat template
+    (a base LM), or one that renders the transcript (the miniature)."""
     template = getattr(tokenizer, "chat_template", None)
     return not template or "Human:" in str(template)
 
@@ -92,7 +87,7 @@ def render(conversation, tokenizer, add_generation_prompt=True):
 def with_response(prompt, text):
     """The prompt's messages followed by one assistant message, its outer whitespace stripped.
 
-    A new list: ``prompt`` is left as it is.
+    Returns a new list; ``prompt`` is not changed.
     """
     return [*prompt, {"role": "assistant", "content": text.strip()}]
 

@@ -1,9 +1,7 @@
-"""AI feedback (section 4.1 of the paper) and multiple-choice evaluation (section 2).
+"""AI feedback (section 4.1 of the paper): which of two responses follows a principle better.
 
-A comparison is asked as a multiple-choice question; the probabilities of " (A)" and " (B)" are the
-label. With chain of thought the model first writes its steps, and the answer is read after them.
-A base LM reads the question as text and continues it; for a chat model the question is a user turn
-and the assistant's turn is begun for it with "The answer is:".
+A comparison is asked as a multiple-choice question (`multiple_choice`); the probabilities of
+" (A)" and " (B)" are the label.
 """
 
 from __future__ import annotations
@@ -11,7 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from cai_utils.constitution import draw
-from cai_utils.multiple_choice import LETTERS, _ask, _read, _shots
+from cai_utils.multiple_choice import (
+    LETTERS,
+    comparison_question,
+    few_shot_examples,
+    letter_probabilities,
+)
 from cai_utils.seeds import stable_int
 
 
@@ -32,16 +35,16 @@ def label(
 
     With `cot`, `n_samples` chains of thought per order are sampled at `temperature`, up to
     "The answer is:". A chain that ends without it (end of text, `max_new_tokens`, or the model's
-    context, where its last words give way) is read all the same, after "The answer is:" is
-    appended. The probabilities of all chains (and orders) are averaged, and `clamp=(0.4, 0.6)` is
-    applied to that average, as the paper does because CoT labels are over-confident.
+    context, where its last words are cut) is used too: "The answer is:" is appended. The
+    probabilities of all chains (and orders) are averaged, and `clamp=(0.4, 0.6)` is applied to that
+    average, as the paper does because CoT labels are over-confident.
 
     Returns comparison rows (`prompt`, `chosen`, `rejected`, `p_chosen` >= 0.5, `source` "ai",
-    `axis` "harmless", `principle` id) with
+    `axis` "harmless", `principle` id; ARCHITECTURE.md, Rows) with
     - `p_first`: the label, for `responses[0]` of the pair; exactly 0.5 chooses the first;
     - `position_bias`: how much likelier a response is as (A) than as (B), p(A|order 1) +
-      p(A|order 2) - 1 before clamping, in [-1, 1]. With one drawn order 2 p(A) - 1, whose mean over
-      pairs estimates the same;
+      p(A|order 2) - 1 before clamping, in [-1, 1]. With one drawn order it is 2 p(A) - 1, whose
+      mean over pairs estimates the same;
     - `cot`: the chains, in order.
 
     ValueError for malformed pairs or parameters, an empty constitution, or few-shot examples
@@ -51,56 +54,64 @@ def label(
     if n_samples < 1:
         raise ValueError(f"n_samples={n_samples}: has to be at least 1")
     pairs = list(pairs)
+    _check_pairs(pairs)
+    if not pairs:
+        return []
+    examples = few_shot_examples(constitution, cot) if few_shot else []
+    principles, asked, swapped = [], [], []
+    for i, pair in enumerate(pairs):
+        principle = draw(constitution.comparisons, seed, i, 0, n_principles)
+        principles.append(principle)
+        for order in (0, 1) if both_orders else (stable_int("order", seed, i, bits=1),):
+            a, b = pair["responses"][::-1] if order else pair["responses"]
+            asked.append(comparison_question(sampler, pair["prompt"], a, b, principle["principle"],
+                                             examples, cot))
+            swapped.append(order)
+    probs, chains = letter_probabilities(
+        sampler, asked, LETTERS[:2], cot=cot, n_samples=n_samples, seed=stable_int("label", seed),
+        temperature=temperature, max_new_tokens=max_new_tokens, stop=stop, progress=progress,
+    )
+    p_a = probs[:, 0].reshape(len(pairs), -1)  # (pairs, orders)
+    swapped = np.array(swapped).reshape(p_a.shape)
+    p_first = np.clip(np.where(swapped == 1, 1 - p_a, p_a).mean(1), low, high)
+    bias = (2 * p_a - 1).mean(1)
+    orders = p_a.shape[1]
+    return [
+        _row(i, pair, principle, float(p_first[i]), float(bias[i]),
+             [chain for k in range(i * orders, (i + 1) * orders) for chain in chains[k]])
+        for i, (pair, principle) in enumerate(zip(pairs, principles, strict=True))
+    ]
+
+
+def _check_pairs(pairs):
     for i, pair in enumerate(pairs):
         if not isinstance(pair.get("responses"), (list, tuple)) or len(pair["responses"]) != 2:
             raise ValueError(f"pair {i}: 'responses' has to be a list of two texts")
         if not pair.get("prompt") or pair["prompt"][-1].get("role") != "user":
             raise ValueError(f"pair {i}: 'prompt' has to be messages that end with a user message")
-    if not pairs:
-        return []
-    shots = _shots(constitution, cot) if few_shot else []
-    principles, asked, swapped = [], [], []
-    for i, pair in enumerate(pairs):
-        principle = draw(constitution.comparisons, seed, i, 0, n_principles)
-        principles.append(principle)
-        orders = (0, 1) if both_orders else (stable_int("order", seed, i, bits=1),)
-        for order in orders:
-            a, b = pair["responses"][::-1] if order else pair["responses"]
-            asked.append(_ask(sampler, pair["prompt"], a, b, principle["principle"], shots, cot))
-            swapped.append(order)
-    probs, chains = _read(
-        sampler, asked, LETTERS[:2], cot, n_samples, stable_int("label", seed), temperature,
-        max_new_tokens, stop, progress,
-    )
-    p_a = probs[:, 0].reshape(len(pairs), -1)  # (pairs, orders)
-    swapped = np.array(swapped).reshape(p_a.shape)
-    p_first = np.where(swapped == 1, 1 - p_a, p_a).mean(1)
-    bias = (2 * p_a - 1).mean(1)
-    p_first = np.clip(p_first, low, high)
-    per_pair = p_a.shape[1]
-    out = []
-    for i, (pair, principle) in enumerate(zip(pairs, principles, strict=True)):
-        p = float(p_first[i])
-        best, worst = pair["responses"] if p >= 0.5 else pair["responses"][::-1]
-        out.append({
-            "id": str(i),
-            **{k: v for k, v in pair.items() if k != "responses"},
-            "chosen": [{"role": "assistant", "content": best}],
-            "rejected": [{"role": "assistant", "content": worst}],
-            "p_chosen": max(p, 1 - p),
-            "source": "ai",
-            "axis": "harmless",
-            "principle": principle["id"],
-            "p_first": p,
-            "position_bias": float(bias[i]),
-            "cot": [c for k in range(per_pair) for c in chains[i * per_pair + k]],
-        })
-    return out
+
+
+def _row(i, pair, principle, p, bias, chains):
+    """The comparison row of one pair; p: the label of its first response."""
+    chosen, rejected = pair["responses"] if p >= 0.5 else pair["responses"][::-1]
+    return {
+        "id": str(i),
+        **{k: v for k, v in pair.items() if k != "responses"},
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        "p_chosen": max(p, 1 - p),
+        "source": "ai",
+        "axis": "harmless",
+        "principle": principle["id"],
+        "p_first": p,
+        "position_bias": bias,
+        "cot": chains,
+    }
 
 
 def relabel(rows, clamp=None, hard=False) -> list[dict]:
     """Rows of `label`, made without clamping, with other targets for the same choices (4.1, 4.3):
-    `clamp=(low, high)` brings `p_first` into that range, `hard` makes every `p_chosen` 1 (ties stay
+    `clamp=(low, high)` limits `p_first` to that range, `hard` makes every `p_chosen` 1 (ties stay
     1/2). ValueError for a bad range."""
     low, high = _check_clamp(clamp)
     out = []
@@ -123,7 +134,8 @@ def _check_clamp(clamp):
 def response_pairs(samples) -> list[dict]:
     """Samples, two per prompt and side by side -> pairs {"id", "prompt", "kind", "responses"}.
 
-    Pairs with an empty response and pairs of equal ones have nothing to compare: left out.
+    Pairs with an empty response and pairs of two equal ones are left out: they have nothing to
+    compare. ValueError where the samples are not two per prompt.
     """
     pairs = []
     for a, b in zip(samples[::2], samples[1::2], strict=True):

@@ -1,4 +1,10 @@
-"""Multiple-choice questions (paper, section 2): probabilities of the letters, chains of thought."""
+"""Multiple-choice questions (paper, section 2): their text, probabilities of the letters, chains of
+thought, and answers.
+
+A base LM reads a question as text and continues it; for a chat model the question is a user turn,
+and the assistant's turn is started for it with "The answer is:". The probabilities of " (A)",
+" (B)" and so on after that are the answer. With chain of thought the model writes its steps first.
+"""
 
 from __future__ import annotations
 
@@ -11,65 +17,9 @@ from cai_utils import dialogue
 from cai_utils.lm import tokens
 from cai_utils.seeds import stable_int
 
-
-def shots(questions, n):
-    """Take the first n questions as answered examples -> (few-shot text, the other questions)."""
-    text = "".join(q["prompt"] + q["corrects"][0] for q in questions[:n])
-    return text, questions[n:]
-
-
-def conversations(questions) -> dict:
-    """{a question's id: the conversation that its options answer}, where it gives their texts.
-
-    That is what `text_correct` and `text_incorrect` have before their last answer. Questions about
-    one conversation are not independent, and are resampled together: the 438 published ones are
-    about 188. A question without such texts, or whose two have no common beginning, stands for
-    itself, by its id.
-    """
-    found = {}
-    for q in questions:
-        before = {str(q.get(k, "")).rpartition("\n\nAssistant:")[0].strip()
-                  for k in ("text_correct", "text_incorrect")}
-        found[q["id"]] = (before.pop() if len(before) == 1 else "") or q["id"]
-    return found
-
-
-def ask(sampler, questions, methods, **common) -> list[dict]:
-    """Answers of one model to questions by several methods: {name: arguments of answer}.
-
-    A method's `limit` asks it the first so many questions only. Returns a row per question and
-    method: id, method, correct (0/1), p_correct, position_bias (both orders only), cot.
-    """
-    rows = []
-    for method, own in methods.items():
-        own, began = dict(own), time.time()
-        asked = questions[: own.pop("limit", None)]
-        found = answer(sampler, asked, **{**common, **own})
-        rows += [{"id": q["id"], "method": method, "correct": int(a["correct"]),
-                  "p_correct": a["p_correct"], "position_bias": a.get("position_bias"),
-                  "cot": a["cot"]} for q, a in zip(asked, found, strict=True)]
-        print(f"  {method}: {len(asked)} questions, {time.time() - began:.0f} s", flush=True)
-    return rows
-
-
-def ask_pm(scorer, questions, method) -> list[dict]:
-    """A PM's choice between `text_correct` and `text_incorrect` of each question: rows of `ask`."""
-    both = [q[k] for k in ("text_correct", "text_incorrect") for q in questions]
-    right, wrong = scorer.score(both).reshape(2, -1)
-    return [{"id": q["id"], "method": method, "correct": int(gap > 0),
-             "p_correct": float(1 / (1 + np.exp(-gap)))}
-            for q, gap in zip(questions, right - wrong, strict=True)]
-
-
 ANSWER_LEAD = "The answer is:"
-
-
 COT_LEAD = "Step by step:"
-
-
 LETTERS = tuple(f" ({c})" for c in "ABCDEFGHI")
-
-
 _OPTIONS = re.compile(
     r"(?P<head>.*\n) \(A\) (?P<a>.*)\n \(B\) (?P<b>.*?)"
     r"(?P<tail>\n+(?:Assistant: )?The answer is:)", re.DOTALL,
@@ -105,84 +55,74 @@ def cot_form(text: str) -> str:
     return text[: -len(ANSWER_LEAD)] + COT_LEAD
 
 
+def few_shot_examples(constitution, cot: bool = False) -> list[dict]:
+    """The constitution's comparison examples, with `cot` those that have reasoning. ValueError
+    where it has none."""
+    kind = "comparison_cot" if cot else "comparison"
+    examples = constitution.few_shot.get(kind, [])
+    if not examples:
+        raise ValueError(
+            f"constitution {constitution.name!r} has no few_shot {kind} examples: add some to its "
+            "file or pass few_shot=False"
+        )
+    return examples
+
+
 def few_shot_text(constitution, cot: bool = False) -> str:
     """The constitution's comparison examples, answered, as a plain text prefix for questions.
 
-    With `cot` those of `few_shot["comparison_cot"]`, each with its reasoning. Examples without a
-    principle of their own need a question to borrow it from, which `answer` does not have: they
-    are shown with "Which response is better?".
+    With `cot` those of `few_shot["comparison_cot"]`, each with its reasoning. In
+    `comparison_question` an example without a principle takes that of the question; here the
+    question is not known, and such an example shows "Which response is better?".
     """
-    shots = _shots(constitution, cot)
-    return "".join(_answered(shot, "Which response is better?", cot) for shot in shots)
+    return "".join(_answered(example, "Which response is better?", cot)
+                   for example in few_shot_examples(constitution, cot))
 
 
-def answer(
-    sampler, questions, *, cot=False, n_samples=1, both_orders=False, random_order=False,
-    few_shot="", seed=0, temperature=1.0, max_new_tokens=256, stop=(), progress=None,
-) -> list[dict]:
-    """Answers to multiple-choice questions in the paper's published fields (Figures 4 and 12).
+def comparison_question(sampler, prompt, a, b, principle, examples=(), cot=False) -> str:
+    """The text that this sampler's model continues to compare two responses: `examples` (of
+    `few_shot_examples`) with their answers, then the question."""
+    if dialogue.uses_transcript(getattr(sampler, "tokenizer", None)):
+        prefix = "".join(_answered(example, principle, cot) for example in examples)
+        return prefix + question_text(prompt, a, b, principle, cot)
+    messages = []
+    for e in examples:
+        body = question_body(e["prompt"], e["a"], e["b"], e.get("principle", principle))
+        messages.append({"role": "user", "content": body})
+        messages.append({"role": "assistant", "content": _reply(e, cot)})
+    messages.append({"role": "user", "content": question_body(prompt, a, b, principle)})
+    return _started_turn(sampler, messages, cot)
 
-    questions: {"prompt" (ends in "The answer is:"), "corrects": [" (B)"], "incorrects": [" (A)",
-    ...]}, 2 to 9 options. `few_shot` is a text put before every question. `cot` samples
-    `n_samples` chains per question (and order) and averages the probabilities read after them.
-    `both_orders` asks two-option questions also with their options swapped, and averages;
-    `random_order` asks each in one order, drawn from the seed and mapped back. With neither they
-    are asked as they stand.
 
-    Returns, per question, `p_correct`: the probability of the correct options; `correct`: whether
-    the likeliest correct option is likelier than every incorrect one (a tie is not); `probs`:
-    {" (A)": p, ...} with the letters of the question as it stands; `cot`: the chains; and with
-    `both_orders` or `random_order` `position_bias`, as in `label`.
+def _answered(example, principle, cot):
+    """One example in the text form."""
+    body = question_body(example["prompt"], example["a"], example["b"],
+                         example.get("principle", principle))
+    return f"\n\nHuman: {body}\n\nAssistant: {_reply(example, cot)}"
 
-    ValueError, naming the question's row, for missing fields, unknown options, a prompt without
-    its ending, and for options that cannot be swapped exactly.
-    """
-    if n_samples < 1:
-        raise ValueError(f"n_samples={n_samples}: has to be at least 1")
-    questions = list(questions)
-    options = [_options(q, i) for i, q in enumerate(questions)]
-    if not questions:
-        return []
-    as_text = dialogue.uses_transcript(getattr(sampler, "tokenizer", None))
-    asked, choices, orders = [], [], []
-    for i, question in enumerate(questions):
-        if both_orders:
-            orders.append((0, 1))
-        else:
-            orders.append((stable_int("order", seed, i, bits=1) if random_order else 0,))
-        both = [question["prompt"]]
-        if both_orders or random_order:
-            both.append(swap_options(question["prompt"], row=i))
-        for prompt in (both[order] for order in orders[i]):
-            if as_text:
-                gap = "\n\n" if few_shot and not prompt.startswith("\n") else ""
-                asked.append(few_shot + gap + (cot_form(prompt) if cot else prompt))
-            else:
-                body = f"{few_shot}\n\n{_body(prompt)}".strip()
-                asked.append(_turn(sampler, [{"role": "user", "content": body}], cot))
-            choices.append(list(options[i]))
-    probs, chains = _read(
-        sampler, asked, choices, cot, n_samples, stable_int("answer", seed), temperature,
-        max_new_tokens, stop, progress,
-    )
-    out, at = [], 0
-    for i, question in enumerate(questions):
-        rows = range(at, at + len(orders[i]))
-        at = rows.stop
-        own = [probs[k][: len(options[i])] for k in rows]
-        p = np.mean([o[::-1] if swapped else o for o, swapped in zip(own, orders[i])], axis=0)
-        by_option = dict(zip(options[i], map(float, p), strict=True))
-        right = [by_option[c] for c in question["corrects"]]
-        result = {
-            "p_correct": sum(right),
-            "correct": max(right) > max(by_option[c] for c in question["incorrects"]),
-            "probs": by_option,
-            "cot": [c for k in rows for c in chains[k]],
-        }
-        if both_orders or random_order:
-            result["position_bias"] = float(np.mean([2 * o[0] - 1 for o in own]))
-        out.append(result)
-    return out
+
+def _reply(example, cot):
+    """How an example is answered, from the lead on."""
+    if cot:
+        return f"{COT_LEAD} {example['reasoning']}\n\n{ANSWER_LEAD} ({example['answer']})"
+    return f"{ANSWER_LEAD} ({example['answer']})"
+
+
+def _started_turn(sampler, messages, cot):
+    """A chat model's text, which ends in the lead that starts the model's turn."""
+    return dialogue.render(messages, sampler.tokenizer) + (COT_LEAD if cot else ANSWER_LEAD)
+
+
+def _question_input(sampler, prompt, few_shot, cot):
+    """A published question behind a few-shot text, as the text that the model continues."""
+    if dialogue.uses_transcript(getattr(sampler, "tokenizer", None)):
+        gap = "\n\n" if few_shot and not prompt.startswith("\n") else ""
+        return few_shot + gap + (cot_form(prompt) if cot else prompt)
+    # Without the marks of the text form: what a chat user would send.
+    body = prompt[: -len(ANSWER_LEAD)].rstrip().removesuffix("Assistant:")
+    body = body.strip().removeprefix("Human:").strip()
+    content = f"{few_shot}\n\n{body}".strip()
+    return _started_turn(sampler, [{"role": "user", "content": content}], cot)
 
 
 def swap_options(prompt: str, row: int = 0) -> str:
@@ -203,7 +143,7 @@ def swap_options(prompt: str, row: int = 0) -> str:
     return f"{head} (A) {b}\n (B) {a}{tail}"
 
 
-def _options(question, i):
+def _letters(question, i):
     """The letters of question i, in order, checked."""
     for name in ("prompt", "corrects", "incorrects"):
         if not question.get(name):
@@ -222,65 +162,17 @@ def _options(question, i):
     return tuple(letters)
 
 
-def _body(prompt):
-    """A question's text without the marks of the text form: what a chat user would send."""
-    body = prompt[: -len(ANSWER_LEAD)].rstrip().removesuffix("Assistant:")
-    return body.strip().removeprefix("Human:").strip()
+def letter_probabilities(sampler, asked, choices, *, cot, n_samples, seed, temperature,
+                         max_new_tokens, stop, progress):
+    """Probabilities of the letters behind each text, averaged over its chains; and the chains.
 
-
-def _shots(constitution, cot):
-    kind = "comparison_cot" if cot else "comparison"
-    shots = constitution.few_shot.get(kind, [])
-    if not shots:
-        raise ValueError(
-            f"constitution {constitution.name!r} has no few_shot {kind} examples: add some to its "
-            "file or pass few_shot=False"
-        )
-    return shots
-
-
-def _reply(shot, cot):
-    """How an example is answered, from the lead on."""
-    if cot:
-        return f"{COT_LEAD} {shot['reasoning']}\n\n{ANSWER_LEAD} ({shot['answer']})"
-    return f"{ANSWER_LEAD} ({shot['answer']})"
-
-
-def _answered(shot, principle, cot):
-    """One example in the text form."""
-    body = question_body(shot["prompt"], shot["a"], shot["b"], shot.get("principle", principle))
-    return f"\n\nHuman: {body}\n\nAssistant: {_reply(shot, cot)}"
-
-
-def _ask(sampler, prompt, a, b, principle, shots, cot):
-    """One comparison as the text that the model continues."""
-    if dialogue.uses_transcript(getattr(sampler, "tokenizer", None)):
-        prefix = "".join(_answered(shot, principle, cot) for shot in shots)
-        return prefix + question_text(prompt, a, b, principle, cot)
-    turns = []
-    for s in shots:
-        body = question_body(s["prompt"], s["a"], s["b"], s.get("principle", principle))
-        turns.append({"role": "user", "content": body})
-        turns.append({"role": "assistant", "content": _reply(s, cot)})
-    turns.append({"role": "user", "content": question_body(prompt, a, b, principle)})
-    return _turn(sampler, turns, cot)
-
-
-def _turn(sampler, turns, cot):
-    """A chat model's text up to the lead with which its own turn is begun."""
-    return dialogue.render(turns, sampler.tokenizer) + (COT_LEAD if cot else ANSWER_LEAD)
-
-
-def _read(
-    sampler, asked, choices, cot, n_samples, seed, temperature, max_new_tokens, stop, progress
-):
-    """Probabilities of the choices after each text, averaged over its chains; and the chains.
-
-    asked: N texts; choices: one list for all, or one per text. Returns ((N, C), N lists of str).
+    asked: N texts that end in the lead of an answer or, with `cot`, of a chain. choices: C letters
+    for all texts, or one list per text. Returns ((N, C) float64, N lists of n_samples str, empty
+    without `cot`).
     """
     if not cot:
         return _choice_probs(sampler, asked, choices, progress), [[] for _ in asked]
-    # The bare lead as a stop catches it in whatever spacing the model writes it.
+    # The bare lead as a stop string matches whatever spacing the model writes before it.
     stops = [*stop, ANSWER_LEAD]
     if dialogue.uses_transcript(getattr(sampler, "tokenizer", None)):
         stops.append("\n\nHuman:")
@@ -291,7 +183,7 @@ def _read(
     chains = [[c.text.strip() for c in completions] for completions in sampled]
     texts = _with_chains(sampler, asked, chains)
     if choices and isinstance(choices[0], list):
-        choices = [own for own in choices for _ in range(n_samples)]
+        choices = [letters for letters in choices for _ in range(n_samples)]
     probs = _choice_probs(sampler, texts, choices, progress)
     return probs.reshape(len(asked), n_samples, -1).mean(1), chains
 
@@ -299,10 +191,10 @@ def _read(
 def _with_chains(sampler, asked, chains):
     """Each text with each of its chains and the answer's lead: N * n_samples texts, in order.
 
-    A chain that ran up to the end of the model's context loses its last words there, so that the
-    answer can still be read.
+    A chain that fills the model's context loses its last words, so that the answer can still be
+    read.
     """
-    pairs = [(text, chain) for text, own in zip(asked, chains, strict=True) for chain in own]
+    pairs = [(text, chain) for text, row in zip(asked, chains, strict=True) for chain in row]
 
     def joined(text, chain):
         return text + (f" {chain}" if chain else "") + f"\n\n{ANSWER_LEAD}"
@@ -322,8 +214,8 @@ def _with_chains(sampler, asked, chains):
 
 
 def _choice_probs(sampler, texts, choices, progress):
-    """(N, C) probabilities; questions with fewer options are grouped so that rows stay equal, and
-    the columns that they lack hold zeros."""
+    """(N, C) probabilities. Questions are scored in groups with the same number of options; the
+    columns that a question lacks hold zeros."""
     if not isinstance(choices[0], list):
         choices = [list(choices)] * len(texts)
     counts = [len(c) for c in choices]
@@ -337,15 +229,126 @@ def _choice_probs(sampler, texts, choices, progress):
     return probs
 
 
+def answer(
+    sampler, questions, *, cot=False, n_samples=1, both_orders=False, random_order=False,
+    few_shot="", seed=0, temperature=1.0, max_new_tokens=256, stop=(), progress=None,
+) -> list[dict]:
+    """Answers to multiple-choice questions in the paper's published fields (Figures 4 and 12).
+
+    questions: {"prompt" (ends in "The answer is:"), "corrects": [" (B)"], "incorrects": [" (A)",
+    ...]}, 2 to 9 options. `few_shot` is a text put before every question. `cot` samples
+    `n_samples` chains per question (and order) and averages the probabilities after them.
+    `both_orders` asks two-option questions also with their options swapped, and averages;
+    `random_order` asks each in one order, drawn from the seed and mapped back. With neither they
+    are asked as they stand.
+
+    Returns, per question, `p_correct`: the probability of the correct options; `correct`: whether
+    the likeliest correct option is likelier than every incorrect one (a tie is not); `probs`:
+    {" (A)": p, ...} with the letters of the question as it stands; `cot`: the chains; and with
+    `both_orders` or `random_order` `position_bias`, as in `feedback.label`.
+
+    ValueError, naming the question's row, for missing fields, unknown options, a prompt without
+    its ending, and for options that cannot be swapped exactly.
+    """
+    if n_samples < 1:
+        raise ValueError(f"n_samples={n_samples}: has to be at least 1")
+    questions = list(questions)
+    options = [_letters(q, i) for i, q in enumerate(questions)]
+    if not questions:
+        return []
+    asked, choices, orders = [], [], []
+    for i, question in enumerate(questions):
+        if both_orders:
+            orders.append((0, 1))
+        else:
+            orders.append((stable_int("order", seed, i, bits=1) if random_order else 0,))
+        prompts = [question["prompt"]]
+        if both_orders or random_order:
+            prompts.append(swap_options(question["prompt"], row=i))
+        asked += [_question_input(sampler, prompts[order], few_shot, cot) for order in orders[i]]
+        choices += [list(options[i])] * len(orders[i])
+    probs, chains = letter_probabilities(
+        sampler, asked, choices, cot=cot, n_samples=n_samples, seed=stable_int("answer", seed),
+        temperature=temperature, max_new_tokens=max_new_tokens, stop=stop, progress=progress,
+    )
+    out, at = [], 0
+    for i, question in enumerate(questions):
+        rows = range(at, at + len(orders[i]))
+        at = rows.stop
+        found = [probs[k][: len(options[i])] for k in rows]
+        p = np.mean([x[::-1] if swapped else x for x, swapped in zip(found, orders[i])], axis=0)
+        by_option = dict(zip(options[i], map(float, p), strict=True))
+        right = [by_option[c] for c in question["corrects"]]
+        result = {
+            "p_correct": sum(right),
+            "correct": max(right) > max(by_option[c] for c in question["incorrects"]),
+            "probs": by_option,
+            "cot": [c for k in rows for c in chains[k]],
+        }
+        if both_orders or random_order:
+            result["position_bias"] = float(np.mean([2 * x[0] - 1 for x in found]))
+        out.append(result)
+    return out
+
+
+def ask(sampler, questions, methods, **common) -> list[dict]:
+    """Answers of one model to questions by several methods: {name: arguments of answer}.
+
+    A method's `limit` asks only the first so many questions. Returns a row per question and
+    method: id, method, correct (0/1), p_correct, position_bias (both orders only), cot.
+    """
+    rows = []
+    for method, arguments in methods.items():
+        arguments, began = dict(arguments), time.time()
+        asked = questions[: arguments.pop("limit", None)]
+        found = answer(sampler, asked, **{**common, **arguments})
+        rows += [{"id": q["id"], "method": method, "correct": int(a["correct"]),
+                  "p_correct": a["p_correct"], "position_bias": a.get("position_bias"),
+                  "cot": a["cot"]} for q, a in zip(asked, found, strict=True)]
+        print(f"  {method}: {len(asked)} questions, {time.time() - began:.0f} s", flush=True)
+    return rows
+
+
+def ask_pm(scorer, questions, method) -> list[dict]:
+    """A PM's choice between `text_correct` and `text_incorrect` of each question: rows of `ask`."""
+    both = [q[k] for k in ("text_correct", "text_incorrect") for q in questions]
+    right, wrong = scorer.score(both).reshape(2, -1)
+    return [{"id": q["id"], "method": method, "correct": int(gap > 0),
+             "p_correct": float(1 / (1 + np.exp(-gap)))}
+            for q, gap in zip(questions, right - wrong, strict=True)]
+
+
 def predictions(sampler, questions, ways, **common) -> list[dict]:
     """Two-option questions asked in several ways ({name: arguments of `answer`}) -> rows
     {"id", "labels": name of the way, "p": probability of (A), "y": 1 where (A) is right}."""
     rows = []
-    for name, own in ways.items():
+    for name, arguments in ways.items():
         began = time.time()
-        answers = answer(sampler, questions, **{**common, **own})
+        answers = answer(sampler, questions, **{**common, **arguments})
         rows += [{"id": q["id"], "labels": name, "p": min(1.0, a["probs"][" (A)"]),
                   "y": int(" (A)" in q["corrects"])}
                  for q, a in zip(questions, answers, strict=True)]
         print(f"  {name}: {len(questions)} questions, {time.time() - began:.0f} s", flush=True)
     return rows
+
+
+def shots(questions, n):
+    """Take the first n questions as answered examples -> (few-shot text, the other questions)."""
+    text = "".join(q["prompt"] + q["corrects"][0] for q in questions[:n])
+    return text, questions[n:]
+
+
+def conversations(questions) -> dict:
+    """{a question's id: the conversation that its options answer}, where it gives their texts.
+
+    It is what `text_correct` and `text_incorrect` have before their last answer. Questions about
+    one conversation are not independent, and are resampled together: the 438 published ones are
+    about 188. A question without such texts, or whose two differ before the answer, has its id
+    instead.
+    """
+    found = {}
+    for q in questions:
+        before = {str(q.get(k, "")).rpartition("\n\nAssistant:")[0].strip()
+                  for k in ("text_correct", "text_incorrect")}
+        found[q["id"]] = (before.pop() if len(before) == 1 else "") or q["id"]
+    return found

@@ -53,7 +53,7 @@ def tokenize(rows, tokenizer, max_length=512):
     """SFT rows -> {"input_ids": [[int]], "labels": [[int]]}, what ``SFTTrainer`` trains on.
 
     ``{"messages": [...]}``: labels are -100 except on the last assistant turn and its eos; a
-    long prompt loses its first tokens. ``{"text": str}``: pretraining text, loss on every token, cut
+    long prompt loses its first tokens. ``{"text": str}``: pretraining text, loss on all tokens, cut
     into pieces of ``max_length``; with ``"context": str`` before it, the loss is on the text alone.
     ValueError names a row that is neither, or has an empty response.
     """

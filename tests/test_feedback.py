@@ -254,7 +254,8 @@ def test_a_random_order_is_mapped_back():
     "\n\nThe answer is:", "\nThe answer is:", "\n\nAssistant: The answer is:",
 ])
 def test_options_swap_exactly(a, b, end):
-    assert multiple_choice.swap_options(ask(a, b, end=end)["prompt"]) == ask(b, a, end=end)["prompt"]
+    swapped = multiple_choice.swap_options(ask(a, b, end=end)["prompt"])
+    assert swapped == ask(b, a, end=end)["prompt"]
 
 
 @pytest.mark.parametrize("question", [

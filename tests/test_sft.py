@@ -25,7 +25,7 @@ WORDS = "a b c d e f g yes no good bad ok user assistant".split()
 
 
 def make_tokenizer(template=TRANSCRIPT, bos=True):
-    """Words with and without leading space, newlines: every token can be told in a test."""
+    """Words with and without leading space, newlines: every token can be recognised in a test."""
     special = ["<pad>", "<bos>", "<eos>", "<start>"]
     pieces = ["\n\n", "\n", " ", "Human:", "Assistant:", *WORDS, *(" " + w for w in WORDS)]
     vocab = {t: i for i, t in enumerate([*special, "<unk>", *pieces])}

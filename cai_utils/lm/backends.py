@@ -1,7 +1,7 @@
 """Opens a model spec for sampling: a local model, or one on a server.
 
 Both backends have the two methods that the stages use, ``generate`` and ``choice_logprobs``, and a
-``tokenizer`` that tells how conversations are rendered.
+``tokenizer``, on which it depends how conversations are rendered.
 """
 
 from __future__ import annotations

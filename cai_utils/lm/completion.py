@@ -1,4 +1,4 @@
-"""A completion, and the checks of inputs that every engine makes."""
+"""A completion, and the checks of inputs that samplers and servers share."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ class Completion:
     finish_reason: str
 
 
-# What every engine refuses
 def check_settings(n, temperature, top_p, max_new_tokens):
-    """ValueError for settings of ``generate`` that mean nothing."""
+    """ValueError for settings of ``generate`` outside their range."""
     if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}:"
@@ -36,7 +35,7 @@ def check_settings(n, temperature, top_p, max_new_tokens):
 
 
 def check_inputs(inputs):
-    """ValueError unless inputs are a list of at least one."""
+    """ValueError unless inputs are a list of at least one item."""
     if isinstance(inputs, str) or len(inputs) == 0:
         raise ValueError("give a list of at least one conversation or text")
 

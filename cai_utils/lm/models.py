@@ -32,38 +32,17 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-
-def parameters(spec, runs_dir=None) -> int:
-    """Number of parameters of a causal LM without its embeddings, read from its config alone."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    where, options = source(spec, runs_dir)
-    config = AutoConfig.from_pretrained(where, **options)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
-    outside = {id(p) for table in tables if table is not None for p in table.parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in outside)
-
-
-# Models are loaded and saved by the dozen: a bar for each would bury what a notebook says.
+# Models are loaded and saved many times in a run: a bar for each would hide a notebook's output.
 transformers_logging.disable_progress_bar()
 
-
 SIZES = ("xs", "s", "m", "l")
-
-
 SHIPPED = Path(__file__).parents[1] / "miniature" / "weights"
 
-
-# Below this many parameters, attention as plain batched matmuls beats SDPA on a CPU: in decoding
-# a little, in the backward pass a lot.
+# Below this many parameters, attention as plain batched matmuls is faster than SDPA on a CPU: in
+# decoding a little, in the backward pass a lot.
 EAGER_BELOW = 30e6
-
-
-# And in bf16 training on a CPU up to so many tokens a row (SmolLM2-135M: rows of 90 in 0.84, of
-# 300 in 0.74 of the time).
+# And in bf16 training on a CPU, for rows of at most so many tokens (SmolLM2-135M: rows of 90 tokens
+# in 0.84 of the time, of 300 in 0.74).
 EAGER_UP_TO = 512
 
 
@@ -97,8 +76,8 @@ def resolve(spec, runs_dir=None):
 
 
 def fingerprint(where):
-    """What ``resolve`` gave -> JSON that changes when its files do: names, sizes, times of change
-    (a checksum of large weights would take minutes)."""
+    """What ``resolve`` gave -> JSON that changes when its files do: their names, sizes and times of
+    change (a checksum of large weights would take minutes)."""
     if not isinstance(where, Path):
         return [where]
     files = sorted(p for p in where.rglob("*") if p.is_file()) if where.is_dir() else [where]
@@ -116,10 +95,10 @@ def source(spec, runs_dir=None, revision=None):
             raise ValueError(f"{spec}: revision={revision!r} is for hub ids; this one is local")
         gguf = where.suffix == ".gguf"
         return (where.parent, {"gguf_file": where.name}) if gguf else (where, {})
-    where, _, own = where.partition("@")
-    if own and revision not in (None, own):
+    where, _, named = where.partition("@")
+    if named and revision not in (None, named):
         raise ValueError(f"{spec}: names a revision, and revision={revision!r} another: drop one")
-    revision = own or revision
+    revision = named or revision
     return where, {} if revision is None else {"revision": revision}
 
 
@@ -127,14 +106,14 @@ def _resolve_miniature(spec, runs_dir):
     size = spec.removeprefix("miniature/")
     if size not in SIZES:
         raise ValueError(f"{spec}: no such miniature; the sizes are {', '.join(SIZES)}")
-    places = [SHIPPED / size]
+    folders = [SHIPPED / size]
     if runs_dir is not None:
-        places.insert(0, Path(runs_dir) / "models" / "pretrained" / size)
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
+        folders.insert(0, Path(runs_dir) / "models" / "pretrained" / size)
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return folder
     raise FileNotFoundError(
-        f"{spec}: no weights in {' or '.join(map(str, places))}; "
+        f"{spec}: no weights in {' or '.join(map(str, folders))}; "
         "make them with notebook 00_miniature and PRETRAIN=1"
     )
 
@@ -182,9 +161,9 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=N
             "folder, a GGUF file or a hub id here"
         )
     where, options = source(spec, runs_dir, revision)
-    if device == "auto":  # of several processes, each has a GPU of its own
-        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        device = own if torch.cuda.is_available() else "cpu"
+    if device == "auto":  # one GPU per process
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = gpu if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     quantized = _quantized(quantize, device)
     try:
@@ -201,7 +180,7 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=N
     tokenizer.padding_side = "left"
 
     dtype = _dtype(dtype, device, config)
-    # The config is handed on, for reading a GGUF file's header again costs seconds.
+    # The config is passed on, since reading a GGUF file's header again takes seconds.
     options |= {"config": config, "dtype": dtype, **quantized}
     if "gguf_file" in options:
         if quantize:
@@ -232,14 +211,25 @@ def load_tokenizer(spec, runs_dir=None):
         raise FileNotFoundError(f"{spec}: no tokenizer could be loaded ({reason})") from error
 
 
+def parameters(spec, runs_dir=None) -> int:
+    """Number of parameters of a causal LM without its embeddings, read from its config alone."""
+    where, options = source(spec, runs_dir)
+    config = AutoConfig.from_pretrained(where, **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    outside = {id(p) for table in tables if table is not None for p in table.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in outside)
+
+
 def is_small(model):
-    """Whether the time of a pass goes into its many operations rather than into its products."""
+    """Whether a pass spends its time on the overhead of many operations, not on matmuls."""
     return model.num_parameters() < EAGER_BELOW
 
 
 def bf16_pays(model, above=EAGER_BELOW):
-    """Whether training ``model`` under bf16 autocast is the faster way: only where the hardware
-    multiplies bf16, and matmuls outweigh the casts, with more than ``above`` parameters."""
+    """Whether training ``model`` is faster under bf16 autocast: only where the hardware multiplies
+    bf16 and the model has more than ``above`` parameters, so that matmuls outweigh the casts."""
     if model.device.type == "cpu":
         hardware = torch.cpu._is_avx512_bf16_supported()
     else:
@@ -248,9 +238,9 @@ def bf16_pays(model, above=EAGER_BELOW):
 
 
 def attend_for_training(model, longest):
-    """Sets the attention with which ``model`` trains the faster, for rows of ``longest`` tokens: on
-    a CPU the backward of SDPA in bf16 takes several times as long as plain matmuls, which keep all
-    their weights, though (L^2 a head): not for long rows."""
+    """Set the attention with which ``model`` trains faster on rows of ``longest`` tokens. On a CPU
+    the backward pass of SDPA in bf16 takes several times as long as plain matmuls; but those keep
+    all attention weights (longest^2 a head), so they are not used for long rows."""
     if model.device.type == "cpu" and bf16_pays(model) and longest <= EAGER_UP_TO:
         model.set_attn_implementation("eager")
 
@@ -265,13 +255,13 @@ def _dtype(dtype, device, config):
         return torch.bfloat16
     if not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
-    with torch.device("meta"):  # nothing is allocated: what the weights will be, not their values
+    with torch.device("meta"):  # shapes alone, nothing is allocated
         small = is_small(AutoModelForCausalLM.from_config(config))
     return torch.float32 if small else torch.bfloat16
 
 
 def _quantized(quantize, device):
-    """Arguments of ``from_pretrained`` for a base whose weights are packed, {} for dense ones."""
+    """Arguments of ``from_pretrained`` for quantized weights, {} for dense ones."""
     if quantize is None:
         return {}
     if quantize not in ("4bit", "8bit"):
@@ -286,14 +276,14 @@ def _quantized(quantize, device):
         "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": torch.bfloat16,
     }  # fmt: skip
-    # A new score head is no weight to pack; output embeddings are left out by transformers where
-    # no list is given, so they stand here too, by the names of the architectures.
+    # The score head stays dense. transformers leaves out output embeddings where no list is given,
+    # so the names that architectures have for them are listed too.
     how["llm_int8_skip_modules"] = ["score", "lm_head", "embed_out"]
     return {"quantization_config": BitsAndBytesConfig(**how), "device_map": {"": device}}
 
 
 def check_causal(name, config):
-    """ValueError, which names the model, where a config is that of no causal LM."""
+    """ValueError that names the model, unless the config is that of a causal LM."""
     masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
         config, "is_decoder", False
     )
@@ -307,8 +297,8 @@ def check_causal(name, config):
 def pad_apart_from_eos(model, tokenizer):
     """Give the model a pad id that is not eos, and return it.
 
-    transformers reads the score at the last token that is not padding. Where padding is eos, as in
-    many chat models, it passes over the eos; sequences here end in eos, so any other id will do.
+    transformers reads the score at the last token that is not padding. Where the pad token is eos,
+    as in many chat models, it would skip the eos; sequences here end in eos, so any other id works.
     """
     ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
     pad_id = next(t for t in ids if t is not None and t != tokenizer.eos_token_id)
@@ -317,5 +307,5 @@ def pad_apart_from_eos(model, tokenizer):
 
 
 def has_score_head(model):
-    """Whether the weights were those of a PM, and not of an LM under a new head."""
+    """Whether the weights hold a score head, and not those of an LM under a new one."""
     return any("SequenceClassification" in name for name in model.config.architectures or ())

@@ -137,10 +137,8 @@ class Sampler:
 
         texts: N raw texts (or conversations). choices: C strings for all texts, or one list per
         text; with lists of different lengths, C is the longest and missing choices are -inf.
-        A choice may be any number of tokens; its log-probability is the sum over them, given
-        exactly the tokens of the text alone. Its tokens are those that follow the text's in the
-        tokenisation of text + choice; where that merges tokens across the boundary, those of the
-        choice by itself.
+        A choice may be any number of tokens (``tokens.continuation_ids``); its log-probability is
+        the sum over them, given exactly the tokens of the text alone.
         ValueError for an empty list, text or choice, a text that with its choice exceeds the
         context, and for two choices of which one's tokens begin the other's: the probability of
         the shorter then contains that of the longer, so that normalising would count it twice. A
@@ -266,7 +264,7 @@ class Sampler:
         strings, may_stop, eos, stop_token = self._stops(stop)
 
         def cut(ids):
-            text = self._text([ids])[0]
+            text = self._decode([ids])[0]
             found = [at for s in strings if (at := text.find(s)) >= 0]
             return text[: min(found)] if found else None
 
@@ -276,7 +274,7 @@ class Sampler:
         )
         # An ending token that is no special token would else show up in the text.
         ended = [eos[row[-1]] or stop_token[row[-1]] for row in ids]
-        texts = self._text([row[:-1] if e else row for row, e in zip(ids, ended, strict=True)])
+        texts = self._decode([row[:-1] if e else row for row, e in zip(ids, ended, strict=True)])
         out = []
         for j, row in enumerate(ids):
             stopped = j in cuts or (stop_token[row[-1]] and not eos[row[-1]])
@@ -306,7 +304,7 @@ class Sampler:
                                  f"texts do not show; stop at {mixed!r} alone")
         if strings:
             raw = self.tokenizer.convert_ids_to_tokens(range(count))
-            texts = self._text([[i] for i in range(count)])
+            texts = self._decode([[i] for i in range(count)])
             pieces = [f"{text}{token}" for text, token in zip(texts, raw, strict=True)]
             letters = set("".join(pieces)) | {" "}
             for s in strings:
@@ -322,7 +320,7 @@ class Sampler:
         self._stop_tokens[stop] = strings, may_stop, eos, stop_token
         return self._stop_tokens[stop]
 
-    def _text(self, rows):
+    def _decode(self, rows):
         return self.tokenizer.batch_decode(
             rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

@@ -23,8 +23,8 @@ def adds_special_tokens(text, tokenizer) -> bool:
 
 
 def closes_texts(tokenizer) -> bool:
-    """Whether the tokenizer puts an eos of its own at the end of every text."""
-    # The text that is not empty tells an eos at the end from a bos with the same id (OPT).
+    """Whether the tokenizer adds an eos at the end of every text."""
+    # Where bos and eos are one token (OPT), only the text that is not empty shows which it is.
     return all(tokenizer(text)["input_ids"][-1:] == [tokenizer.eos_token_id] for text in ("", "a"))
 
 
@@ -48,11 +48,11 @@ def text_ids(texts, tokenizer) -> list[list[int]]:
 
 
 def continuation_ids(texts, prompts, continuations, tokenizer) -> list[list[int]]:
-    """The ids of what follows each of N texts, whose own ids are ``prompts``.
+    """The ids of what follows each of N texts, whose ids are ``prompts``.
 
-    They are those behind the text's in the tokenisation of both together; where that merges tokens
-    across the boundary, those of the continuation by itself, since a sampler goes on from the
-    text's own tokens.
+    They are those after the text's in the tokenisation of both together; where that merges tokens
+    across the boundary, those of the continuation alone, since a sampler continues from exactly the
+    tokens of the text.
     """
     out = []
     joint = text_ids([t + c for t, c in zip(texts, continuations, strict=True)], tokenizer)

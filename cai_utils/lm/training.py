@@ -59,7 +59,7 @@ class LengthBatchedTrainer:
     """A mixin for trl's trainers, whatever their loss: batches of similar length, and a loss that
     is not finite stops the run. Nothing is reported to the hub.
 
-    lengths: number of tokens of each row. columns: those that the loss reads, None for trl's own.
+    lengths: number of tokens of each row. columns: those that the loss reads; None: trl's.
     """
 
     lengths = columns = None
@@ -178,7 +178,7 @@ def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, coll
 
     trainer_class: a ``LengthBatchedTrainer``; config: its SFTConfig or RewardConfig, set by
     ``training_arguments(**arguments)``; lengths: tokens of each row; collate: called with the rows
-    of a batch, ``pad_id`` and the ``multiple`` of tokens to pad to (None: trl's own).
+    of a batch, ``pad_id`` and the ``multiple`` of tokens to pad to (None: trl's collator).
     """
     models.attend_for_training(model, max(lengths))
     args = training_arguments(config, model, out_dir, rows=len(lengths), max_length=None,

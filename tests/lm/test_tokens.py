@@ -104,7 +104,7 @@ def test_smollm2_through_its_own_chat_template():
 
 
 def with_specials(single, bos="<s>", eos="</s>"):
-    """The bytes' tokenizer, which puts special tokens around a text as ``single`` says."""
+    """The byte tokenizer with special tokens around a text as in the template ``single``."""
     tokenizer = tiny.tokenizer()
     tokenizer.bos_token, tokenizer.eos_token = bos, eos
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tiny.SPECIAL}
@@ -123,7 +123,7 @@ def with_specials(single, bos="<s>", eos="</s>"):
     # bos and eos are one token (OPT): SFT and PMs took the text's last token for an eos.
     ("</s> $A", "</s>", "</s>{}"),
 ], ids=["plain", "bos", "bos and eos", "eos", "bos is eos"])
-def test_every_stage_has_the_same_ids(single, bos, expected):
+def test_every_stage_reads_the_same_ids(single, bos, expected):
     model, tokenizer = tiny.llama(), with_specials(single, bos)
     expected = expected.format(PLAIN)
     (ids,) = tokens.text_ids([PLAIN], tokenizer)
