@@ -81,10 +81,10 @@ def feedback_prefix(rounds, quick):
     peer = PlainLabels(sampler, texts, [2] if quick else [2, 4, 8])
     dtype = sampler.model.dtype
     sampler.model.float()  # rounding in bf16 would hide differences
-    theirs = torch.tensor(peer.labels(2, peer.asked[:4]), dtype=torch.float64).log_softmax(-1)
-    own = torch.tensor(sampler.choice_logprobs(texts[:4], [" (A)", " (B)"], progress=False))
+    expected = torch.tensor(peer.labels(2, peer.asked[:4]), dtype=torch.float64).log_softmax(-1)
+    found = torch.tensor(sampler.choice_logprobs(texts[:4], [" (A)", " (B)"], progress=False))
     # Ours includes the closing bracket, whose probability is nearly 1.
-    assert torch.allclose(own, theirs, atol=0.02), (own - theirs).abs().max()
+    assert torch.allclose(found, expected, atol=0.02), (found - expected).abs().max()
     sampler.model.to(dtype)
 
     found = measure.side_by_side(ours, peer, rounds)
@@ -160,7 +160,7 @@ class Peer:
         return self.model.generate(**self.inputs, **how)
 
     def _with_attention(self, work):
-        own = self.model.config._attn_implementation
+        before = self.model.config._attn_implementation
         try:
             if self.attention is None:
                 few, seconds = {"max_new_tokens": min(8, self.new)}, {}
@@ -172,7 +172,7 @@ class Peer:
             self.model.set_attn_implementation(self.attention)
             return work()
         finally:
-            self.model.set_attn_implementation(own)
+            self.model.set_attn_implementation(before)
 
     def completions(self, seed):
         """Until every row has ended by itself, or ``new`` tokens."""
@@ -222,14 +222,14 @@ class PlainLabels:
             with torch.inference_mode():
                 logits = self.model(**enc, position_ids=position, logits_to_keep=1,
                                     use_cache=False).logits[:, -1].float()  # fmt: skip
-            letters = torch.tensor([own for _, own in part], device=self.model.device)
+            letters = torch.tensor([pair for _, pair in part], device=self.model.device)
             found = logits.log_softmax(-1).gather(-1, letters).tolist()
             for i, pair in zip(rows, found, strict=True):
                 out[i] = pair
         return out
 
     def __call__(self, seed):
-        own = self.model.config._attn_implementation
+        before = self.model.config._attn_implementation
         try:
             if self.how is None:
                 seconds = {}
@@ -242,7 +242,7 @@ class PlainLabels:
             self.model.set_attn_implementation(self.how[0])
             return len(self.labels(self.how[1]))
         finally:
-            self.model.set_attn_implementation(own)
+            self.model.set_attn_implementation(before)
 
 
 # Rows
