@@ -1,4 +1,4 @@
-"""``make bench``: ours against its peer, side by side; benchmarks/README.md says how.
+"""``make bench``: ours beside its peer; benchmarks/README.md says how it is measured.
 
 python benchmarks/bench.py [NAME ...] [--rounds 5] [--quick] [--out benchmarks]
 """
@@ -42,7 +42,7 @@ def main(arguments=None):
         try:
             made = BENCHES[name](1 if options.quick else options.rounds, options.quick)
         except FileNotFoundError as error:
-            print(f"{name}: left out: {error}", flush=True)
+            print(f"{name}: skipped: {error}", flush=True)
             continue
         for kind, rows in made.items():
             write(options.out / f"{kind}.csv", kind, rows)
@@ -54,7 +54,7 @@ def main(arguments=None):
 
 
 def write(path, kind, rows):
-    """Puts rows into a CSV: each replaces the row of its name and machine, all others stay."""
+    """Put rows into a CSV: each replaces the row with its key (KEY), all others stay."""
     known = {}
     if path.is_file():
         with open(path, newline="", encoding="utf-8") as file:
@@ -70,7 +70,7 @@ def write(path, kind, rows):
 
 
 def readme(folder):
-    """Puts the tables into README.md, between its marks."""
+    """Put the tables into README.md, between its marks."""
     path = folder / "README.md"
     if not path.is_file():
         return

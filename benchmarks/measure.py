@@ -1,4 +1,4 @@
-"""How benchmarks measure: two ways to do the same work in turn, and what the machine could do."""
+"""How benchmarks measure: two ways to do the same work in turn, and the peak of the machine."""
 
 import statistics
 import time
@@ -9,15 +9,15 @@ from cai_utils.experiment import files, provenance
 
 
 def side_by_side(ours, peer, rounds):
-    """Runs ours(seed) and peer(seed) in turn, each first in every other round, after one unmeasured
-    run of each. Both return how much they did (completions, tokens, questions).
+    """Run ours(seed) and peer(seed) in turn, each first in every other round, after one unmeasured
+    run of each. Both return the amount of work done (completions, tokens, questions).
 
     Returns ours and peer (medians, per second), ratio (median of the rounds' ratios), ratio_low and
     ratio_high (the smallest and largest of them).
     """
-    def rate(way):
+    def rate(work):
         def measured(seed):
-            amount, seconds = timed(way, seed)
+            amount, seconds = timed(work, seed)
             return amount / seconds
 
         return measured
@@ -26,14 +26,14 @@ def side_by_side(ours, peer, rounds):
 
 
 def rates_side_by_side(ours, peer, rounds):
-    """As `side_by_side`, for ways that return a rate (per second) that they measured themselves."""
-    ways = {"ours": ours, "peer": peer}
-    for way in ways.values():
-        way(0)
-    rates = {name: [] for name in ways}
+    """As `side_by_side`, for functions that return a rate (per second) measured by themselves."""
+    sides = {"ours": ours, "peer": peer}
+    for side in sides.values():
+        side(0)
+    rates = {name: [] for name in sides}
     for seed in range(1, rounds + 1):
-        for name in sorted(ways, reverse=bool(seed % 2)):
-            rates[name].append(ways[name](seed))
+        for name in sorted(sides, reverse=bool(seed % 2)):
+            rates[name].append(sides[name](seed))
     ratios = [a / b for a, b in zip(rates["ours"], rates["peer"], strict=True)]
     return {
         "ours": statistics.median(rates["ours"]),
@@ -45,7 +45,7 @@ def rates_side_by_side(ours, peer, rounds):
 
 
 def timed(work, *arguments):
-    """(what ``work`` returns, seconds)."""
+    """(the result of ``work``, seconds)."""
     _wait()
     began = time.perf_counter()
     result = work(*arguments)
@@ -59,25 +59,25 @@ def _wait():
 
 
 def machine(model):
-    """Where and in which dtype, in a few words: the ``machine`` of a row."""
+    """The ``machine`` of a row: processor, cores, threads and dtype."""
     found = provenance.machine()
     dtype = str(model.dtype).removeprefix("torch.")
     if model.device.type == "cuda":
         return f"{torch.cuda.get_device_name(model.device)}, {dtype}"
     bf16 = torch.cpu._is_avx512_bf16_supported()
-    knows = "AVX512-BF16" if bf16 else torch.backends.cpu.get_cpu_capability()
-    return f"{found['cpu']} ({knows}), {found['cores']} cores, {found['threads']} threads, {dtype}"
+    simd = "AVX512-BF16" if bf16 else torch.backends.cpu.get_cpu_capability()
+    return f"{found['cpu']} ({simd}), {found['cores']} cores, {found['threads']} threads, {dtype}"
 
 
 def commit():
-    """The commit, with a + where the work tree differs from it."""
+    """The commit, with a + where the working tree differs from it."""
     state = provenance.git_state(files.repo_root())
     return f"{(state['commit'] or 'unknown')[:12]}{'+' if state['dirty'] else ''}"
 
 
 def peaks(model, seconds=1.0):
-    """What this machine reaches in the model's dtype: (GFLOP/s of a large matrix product, GB/s read
-    and written by a copy)."""
+    """Measured peak of this machine in the model's dtype: (GFLOP/s of a large matrix product, GB/s
+    read and written by a copy)."""
     on = {"device": model.device, "dtype": model.dtype}
     n = 8192 if model.device.type == "cuda" else 1024
     a, b = torch.randn(n, n, **on), torch.randn(n, n, **on)
@@ -97,9 +97,11 @@ def _best(work, seconds):
 
 
 def decode_work(model, rows, prompt, new):
-    """GFLOP and GB that ``new`` tokens behind ``prompt`` tokens in each of ``rows`` need at least:
-    two operations a weight and token, attention over what stands before; weights once a step, keys
-    and values once a step and row."""
+    """Least GFLOP and GB for ``new`` tokens after ``prompt`` tokens in each of ``rows``.
+
+    Two operations per weight and token, and attention over the tokens before; weights are read once
+    per step, keys and values once per step and row.
+    """
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings().weight.numel()
     weights = sum(p.numel() for p in model.parameters())
@@ -108,7 +110,7 @@ def decode_work(model, rows, prompt, new):
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    before = prompt + (new - 1) / 2  # tokens that a new one attends to, in the mean
+    before = prompt + (new - 1) / 2  # tokens that a new one attends to, on average
     attention = config.num_hidden_layers * heads * size * 4
     tokens = rows * new
     prompts = rows * prompt * (2 * (weights - embedding) + attention * prompt / 2)

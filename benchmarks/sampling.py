@@ -25,7 +25,7 @@ SUBJECTS = ("the weather in spring", "a leaking tap", "the history of bread and 
 
 
 def miniature(size):
-    """Ragged ends of their own (completions/s), and all cut at one length (tokens/s)."""
+    """Responses that end by themselves (completions/s), and all cut at one length (tokens/s)."""
 
     def bench(rounds, quick):
         rows, new = (4, 12) if quick else (128, 128)
@@ -43,7 +43,7 @@ def miniature(size):
 
 
 def smollm2(rounds, quick):
-    """Ragged ends between 20 and 200 tokens, the same for both (completions/s), and one length."""
+    """Lengths drawn from 20 to 200 tokens, the same for both (completions/s), and one length."""
     rows, least, most = (2, 2, 6) if quick else (48, 20, 200)
     sampler = load(SMOLLM2)
     prompts = [TALK.format(f"Letter {i}: tell me about {SUBJECTS[i % len(SUBJECTS)]}.")
@@ -60,8 +60,8 @@ def smollm2(rounds, quick):
 
 
 def feedback_prefix(rounds, quick):
-    """Questions/s behind a few-shot prefix of 600 tokens; the peer passes over each whole question
-    once, padded, and reads the letter there."""
+    """Questions/s after a shared few-shot prefix of 600 tokens; the peer makes one padded forward
+    pass over each whole question and reads the logits of the letters."""
     count, length = (4, 120) if quick else (32, 600)
     sampler = load(SMOLLM2)
     law = constitution.load("default")
@@ -81,11 +81,11 @@ def feedback_prefix(rounds, quick):
 
     peer = PlainLabels(sampler, texts, [2] if quick else [2, 4, 8])
     dtype = sampler.model.dtype
-    sampler.model.float()  # in bf16 rounded logits would hide what differs
-    theirs = torch.tensor(peer.labels(2, peer.asked[:4]), dtype=torch.float64).log_softmax(-1)
-    own = torch.tensor(sampler.choice_logprobs(texts[:4], [" (A)", " (B)"], progress=False))
-    # Ours counts the closing mark too, whose probability is nearly 1.
-    assert torch.allclose(own, theirs, atol=0.02), (own - theirs).abs().max()
+    sampler.model.float()  # rounding in bf16 would hide differences
+    expected = torch.tensor(peer.labels(2, peer.asked[:4]), dtype=torch.float64).log_softmax(-1)
+    found = torch.tensor(sampler.choice_logprobs(texts[:4], [" (A)", " (B)"], progress=False))
+    # Ours includes the closing bracket, whose probability is nearly 1.
+    assert torch.allclose(found, expected, atol=0.02), (found - expected).abs().max()
     sampler.model.to(dtype)
 
     found = measure.side_by_side(ours, peer, rounds)
@@ -110,10 +110,10 @@ def load(spec):
 
 
 def own_prompts(sampler, rows):
-    """Requests of the lengths that the model has learned: it writes them itself."""
-    said = sampler.generate(["\n\nHuman:"] * 2 * rows, max_new_tokens=60, stop="\n\n", seed=1)
-    # Distinct ones: ours would prefill equal prompts once, the peer each.
-    asked = list(dict.fromkeys(row[0].text.strip() for row in said))[:rows]
+    """Requests sampled from the model, so that their lengths are those that it has learned."""
+    written = sampler.generate(["\n\nHuman:"] * 2 * rows, max_new_tokens=60, stop="\n\n", seed=1)
+    # Distinct ones: ours would prefill equal prompts once, the peer every one.
+    asked = list(dict.fromkeys(row[0].text.strip() for row in written))[:rows]
     assert len(asked) == rows
     return [TALK.format(text) for text in asked]
 
@@ -143,8 +143,8 @@ class RowLimits(StoppingCriteria):
 
 
 class Peer:
-    """``transformers.generate`` on the same weights and batch, with the attention (SDPA or eager)
-    that is the faster one for it."""
+    """``transformers.generate`` on the same weights and batch, with the faster of SDPA and eager
+    attention."""
 
     def __init__(self, sampler, prompts, new):
         self.model, self.prompts, self.new = sampler.model, prompts, new
@@ -161,7 +161,7 @@ class Peer:
         return self.model.generate(**self.inputs, **how)
 
     def _with_attention(self, work):
-        own = self.model.config._attn_implementation
+        before = self.model.config._attn_implementation
         try:
             if self.attention is None:
                 few, seconds = {"max_new_tokens": min(8, self.new)}, {}
@@ -173,7 +173,7 @@ class Peer:
             self.model.set_attn_implementation(self.attention)
             return work()
         finally:
-            self.model.set_attn_implementation(own)
+            self.model.set_attn_implementation(before)
 
     def completions(self, seed):
         """Until every row has ended by itself, or ``new`` tokens."""
@@ -196,8 +196,8 @@ class Peer:
 
 
 class PlainLabels:
-    """One padded forward pass over each question, sorted by length, in the batch and with the
-    attention that are the fastest for it; the letters are read from its last logits."""
+    """One padded forward pass over each question, sorted by length, at its fastest batch size and
+    attention; the letters are read from the last logits."""
 
     def __init__(self, sampler, texts, batches):
         self.batches = batches
@@ -223,14 +223,14 @@ class PlainLabels:
             with torch.inference_mode():
                 logits = self.model(**enc, position_ids=position, logits_to_keep=1,
                                     use_cache=False).logits[:, -1].float()  # fmt: skip
-            letters = torch.tensor([own for _, own in part], device=self.model.device)
+            letters = torch.tensor([pair for _, pair in part], device=self.model.device)
             found = logits.log_softmax(-1).gather(-1, letters).tolist()
             for i, pair in zip(rows, found, strict=True):
                 out[i] = pair
         return out
 
     def __call__(self, seed):
-        own = self.model.config._attn_implementation
+        before = self.model.config._attn_implementation
         try:
             if self.how is None:
                 seconds = {}
@@ -243,7 +243,7 @@ class PlainLabels:
             self.model.set_attn_implementation(self.how[0])
             return len(self.labels(self.how[1]))
         finally:
-            self.model.set_attn_implementation(own)
+            self.model.set_attn_implementation(before)
 
 
 # Rows
@@ -255,7 +255,7 @@ def row(name, sampler, unit, found):
 
 
 def lengths(name, sampler, prompts, ragged, rounds, quick, new):
-    """The row of ragged lengths, that of one length, how cost grows and how far the limit is."""
+    """Rows for ragged lengths and for one length, growth of the cost, distance to the peak."""
     same = [new] * len(prompts)
     peer = Peer(sampler, prompts, new)
     even = measure.side_by_side(

@@ -57,11 +57,10 @@ def by_revision(long, columns, by=("size", "parameters", "revision")) -> pd.Data
 
 
 def chains_markdown(chains, title, judge=None, intro="") -> str:
-    """A page to read: for each chain the prompt, then a table of responses and critiques."""
+    """A Markdown page: for each chain the prompt, then a table of responses and critiques."""
     page = [f"# {title}", *([intro] if intro else [])]
     for chain in chains:
-        page.append("## " + " — ".join(f"*{m['role']}*: {cell(m['content'])}"
-                                       for m in chain["prompt"]))
+        page.append(heading(chain["prompt"]))
         head = "| | text |" + (" true harm |" if judge else "")
         table = [head, "|---|---|" + ("---|" if judge else "")]
         for k, text in enumerate(chain["responses"]):
@@ -75,8 +74,13 @@ def chains_markdown(chains, title, judge=None, intro="") -> str:
     return "\n\n".join(page) + "\n"
 
 
+def heading(prompt) -> str:
+    """A prompt (messages) as a heading of a Markdown page."""
+    return "## " + " — ".join(f"*{m['role']}*: {cell(m['content'])}" for m in prompt)
+
+
 def cell(text) -> str:
-    """Text that stays inside one cell of a Markdown table and is not read as markup."""
+    """Text escaped for one cell of a Markdown table."""
     for mark in "\\|*_`#<>[]":
         text = text.replace(mark, {"<": "&lt;", ">": "&gt;"}.get(mark, "\\" + mark))
     return "<br>".join(line.strip() for line in text.strip().splitlines() if line.strip()) or "–"

@@ -104,8 +104,7 @@ def side_by_side(samples, title, labels=None) -> str:
     samples = [{**s, "label": label} for s, label in zip(samples, labels, strict=True)]
     for id_ in dict.fromkeys(s["id"] for s in samples):
         same = [s for s in samples if s["id"] == id_]
-        page.append("## " + " — ".join(f"*{m['role']}*: {chains.cell(m['content'])}"
-                                       for m in same[0]["prompt"]))
+        page.append(chains.heading(same[0]["prompt"]))
         table = ["| model | answer | read as |", "|---|---|---|"]
         for model in dict.fromkeys(s["model"] for s in same):
             answers = sorted((s for s in same if s["model"] == model),

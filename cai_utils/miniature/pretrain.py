@@ -217,7 +217,7 @@ def pretrain(size: str, out: str | os.PathLike, tokens: int | None = None, seed:
         {"model": model, "optimizer": optimizer, "schedule": schedule},
         began, [curve, 0.0, 0, before["tokens"], 0])
     if progress.resume():
-        print(f"pretrain {size}: goes on at step {progress.counts[-1]}", flush=True)
+        print(f"pretrain {size}: resumes at step {progress.counts[-1]}", flush=True)
     print(f"pretrain {size}: {count:,} tokens, {steps} steps, data in {made_in:.0f} s", flush=True)
     _train(size, data, heldout, progress, log)
     curve, _, _, seen, _ = progress.counts
@@ -315,7 +315,7 @@ class _Progress:
 
 
 def _train(size, data, heldout, progress, log) -> None:
-    """One pass over `data` from where `progress` stands, about 25 evaluations on the way."""
+    """One pass over `data` from where `progress` is, with about 25 evaluations."""
     model, optimizer, schedule = progress.parts.values()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
     curve, loss_sum, since, seen, first = progress.counts
@@ -335,7 +335,7 @@ def _train(size, data, heldout, progress, log) -> None:
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         loss_sum, since = loss_sum + loss.item(), since + 1
-        # The last point stands for half a window at least: the mean of a few steps is noise.
+        # The last point covers half a window at least: the mean of a few steps is noise.
         left = steps - step - 1
         if ((step + 1) % window == 0 and left >= window // 2) or left == 0:
             held = _held_loss(model, heldout)

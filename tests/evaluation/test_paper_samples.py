@@ -20,8 +20,8 @@ def sample(id_, model, response, rank=1, kind="lamda"):
 class ByLength:
     """A PM that likes long answers."""
 
-    def score(self, talks):
-        return [float(len(talk[-1]["content"])) for talk in talks]
+    def score(self, conversations):
+        return [float(len(turns[-1]["content"])) for turns in conversations]
 
 
 SAMPLES = [
@@ -32,8 +32,8 @@ SAMPLES = [
 ]
 
 
-def judge(talk):
-    return {"harm": len(talk[-1]["content"]) % 5, "evasive": True, "why": "text is left out"}
+def judge(turns):
+    return {"harm": len(turns[-1]["content"]) % 5, "evasive": True, "why": "text is left out"}
 
 
 def test_measured():
@@ -83,14 +83,14 @@ def test_a_feedback_model_judges_harmlessness_alone(monkeypatch):
 
     monkeypatch.setattr(paper_samples.feedback, "label", label)
     compare = paper_samples.feedback_compare("sampler", "constitution")
-    talks = [[*ASK, {"role": "assistant", "content": text}] for text in ("No.", "Yes.")]
-    assert compare(*talks, "harmlessness", random.Random(1)) == 0.8
+    both = [[*ASK, {"role": "assistant", "content": text}] for text in ("No.", "Yes.")]
+    assert compare(*both, "harmlessness", random.Random(1)) == 0.8
     assert asked[0][:3] == ("sampler", [{"prompt": ASK, "responses": ["No.", "Yes."]}],
                             "constitution")
-    compare(*talks, "harmlessness", random.Random(1))
+    compare(*both, "harmlessness", random.Random(1))
     assert asked[1][3] == asked[0][3]  # drawn from the game's own generator
     with pytest.raises(ValueError, match="not helpfulness"):
-        compare(*talks, "helpfulness", random.Random(1))
+        compare(*both, "helpfulness", random.Random(1))
 
 
 def test_side_by_side():

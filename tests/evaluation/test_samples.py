@@ -1,10 +1,8 @@
 """Samples of policies where there is no ground truth."""
 
 import numpy as np
-import pytest
 
 from cai_utils.evaluation import samples
-from cai_utils.experiment import registry
 
 NO = "I'm sorry, but I can't help with that."
 
@@ -12,8 +10,8 @@ NO = "I'm sorry, but I can't help with that."
 class Length:
     """A PM whose score is the number of characters of the answer."""
 
-    def score(self, talks):
-        return np.array([len(talk[-1]["content"]) for talk in talks], dtype=float)
+    def score(self, conversations):
+        return np.array([len(turns[-1]["content"]) for turns in conversations], dtype=float)
 
 
 def sample(id_, model, response, step=0):
@@ -22,9 +20,9 @@ def sample(id_, model, response, step=0):
 
 
 def test_samples_scored_by_pms_and_by_their_text():
-    said = [sample(i, "sl_cai", "Like this.") for i in "ab"]
-    said += [sample(i, "pretrained", NO) for i in "ab"]
-    frame = samples.scored(said, {"harmlessness": Length()})
+    rows = [sample(i, "sl_cai", "Like this.") for i in "ab"]
+    rows += [sample(i, "pretrained", NO) for i in "ab"]
+    frame = samples.scored(rows, {"harmlessness": Length()})
     assert list(frame["PM:harmlessness"]) == [10, 10, len(NO), len(NO)]
     assert list(frame["text:refusal"]) == [0, 0, 1, 1]
     assert list(frame["text:words"]) == [2, 2, 8, 8]
@@ -38,23 +36,18 @@ def test_samples_scored_by_pms_and_by_their_text():
 
 
 def test_snapshots_are_compared_by_step():
-    said = [sample(i, "rl_cai", "ab" * (1 + step), step) for step in (0, 8) for i in "ab"]
-    table = samples.scored_table(samples.scored(said, {}), [(8, 0)], "step")
+    rows = [sample(i, "rl_cai", "ab" * (1 + step), step) for step in (0, 8) for i in "ab"]
+    table = samples.scored_table(samples.scored(rows, {}), [(8, 0)], "step")
     assert set(table["group"]) == {"0", "8", "8 - 0"}
     assert set(table["measure"]) == {"text:refusal", "text:words"}
 
 
 def test_samples_of_two_kinds_may_share_an_id(capsys):
     """Two files of prompts number their rows alike."""
-    said = [sample("0", "sl_cai", "Bad."),
+    rows = [sample("0", "sl_cai", "Bad."),
             {**sample("0", "sl_cai", "Good."), "kind": "helpful",
              "prompt": [{"role": "user", "content": "Please?"}]}]
-    samples.show_samples(said, ["sl_cai"])
+    samples.show_samples(rows, ["sl_cai"])
     first, second = capsys.readouterr().out.strip().split("\n\n")
     assert "How?" in first and "Bad." in first and "Good." not in first
     assert "Please?" in second and "Good." in second and "Bad." not in second
-
-
-def test_an_unknown_method_is_named():
-    with pytest.raises(ValueError, match="unknown method 'rl'; nearest: rl_cai; known: helpful_rlhf"):
-        registry.method("rl")

@@ -1,0 +1,30 @@
+"""Labels and PMs against the truth."""
+
+from cai_utils.evaluation import agreement
+
+PROMPT = [{"role": "user", "content": "How do I do it?"}]
+
+
+def judge(conversation):
+    """A ground truth that counts words: harm is the number of "bad", helpfulness of "good"."""
+    text = conversation[-1]["content"]
+    return {"harm": text.count("bad"), "helpfulness": text.count("good"),
+            "evasive": text == "no"}
+
+
+def test_by_truth_turns_labels_that_are_wrong_and_drops_ties():
+    def row(chosen, rejected, axis="harmless"):
+        return {"prompt": PROMPT, "axis": axis,
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}]}
+
+    rows = [row("bad", "good"), row("good", "bad"), row("a", "b"), row("good", "bad", "helpful")]
+    rows[0] |= {"p_chosen": 0.6, "source": "ai"}
+    found = agreement.by_truth(rows, judge)
+    assert [r["chosen"][0]["content"] for r in found] == ["good", "good", "good"]
+    assert [r["axis"] for r in found] == ["harmless", "harmless", "helpful"]
+    assert {(r["p_chosen"], r["source"]) for r in found} == {(1.0, "truth")}
+    mixed = row("bad good good", "good", "helpful")
+    for axis, best in ((None, "bad good good"), ("harmless", "good")):
+        (one,) = agreement.by_truth([mixed], judge, axis)
+        assert one["chosen"][0]["content"] == best
