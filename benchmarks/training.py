@@ -28,7 +28,7 @@ class Worker:
 
     def __init__(self, side, settings, path):
         script = Path(__file__).with_name("training_worker.py")
-        self.turns = []  # what the worker said of each
+        self.turns = []  # the worker's report of each
         self.process = subprocess.Popen(
             [sys.executable, script, side, json.dumps(settings)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
@@ -55,7 +55,7 @@ class Worker:
 
 
 def trl_folder():
-    """The peer's trl, beside the environment's own: it shares torch and transformers, so that
+    """The peer's trl, beside that of the environment: it shares torch and transformers, so that
     nothing but PPO differs. FileNotFoundError where it cannot be installed."""
     folder = Path(repo_root()) / ".venv" / "peers" / TRL.replace("==", "-")
     if not (folder / "trl").is_dir():
@@ -67,8 +67,8 @@ def trl_folder():
 
 
 def pair(kind, settings, rounds, peer_path=()):
-    """Both sides in turn -> (what `measure` finds, {"ours", "peer"} peak memory in MB, and what
-    each side said of its turns, the first not measured)."""
+    """Both sides in turn -> (what `measure` finds, {"ours", "peer"} peak memory in MB, and the
+    reports of each side's turns, the first not measured)."""
     workers = {}
     try:
         # Loaded one after the other, so that neither is slowed by the other's start.
@@ -76,7 +76,7 @@ def pair(kind, settings, rounds, peer_path=()):
         workers["peer"] = Worker(f"{kind}_peer", settings, peer_path)
         found = measure.rates_side_by_side(workers["ours"].step, workers["peer"].step, rounds)
         turns = {name: worker.turns for name, worker in workers.items()}
-        memory = {name: said[-1]["peak_mb"] for name, said in turns.items()}
+        memory = {name: reports[-1]["peak_mb"] for name, reports in turns.items()}
     finally:
         for worker in workers.values():
             worker.close()
@@ -132,11 +132,11 @@ def prepare(spec, folder, quick):
         subject = sampling.SUBJECTS[i % len(sampling.SUBJECTS)]
         words = f"Number {i}: tell me about {subject}, please, ".split() * 4
         for end in range(1, len(words)):  # as near to 16 tokens as words and template allow
-            talk = [{"role": "user", "content": " ".join(words[:end])}]
-            ids = tokenizer(dialogue.render(talk, tokenizer))["input_ids"]
+            messages = [{"role": "user", "content": " ".join(words[:end])}]
+            ids = tokenizer(dialogue.render(messages, tokenizer))["input_ids"]
             if len(ids) >= enough:
                 break
-        prompts.append({"messages": talk, "ids": ids})
+        prompts.append({"messages": messages, "ids": ids})
     (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Ours takes bf16 where it pays; the peer gains by it where products outweigh casts.
@@ -146,7 +146,7 @@ def prepare(spec, folder, quick):
 
 def pm_smollm2(rounds, quick):
     """hh-rlhf comparisons/s of training alone (no loading), and both sides' loss by step, the mean
-    over the turns: each has its own order of the rows."""
+    over the turns: each has another order of the rows."""
     count, batch, longest = (4, 2, 512) if quick else (48, 8, 512)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
@@ -160,9 +160,9 @@ def pm_smollm2(rounds, quick):
         del model
         settings = {"folder": folder, "batch": batch, "longest": longest}
         found, memory, turns = pair("pm", settings, rounds)
-    curves = {name: [sum(at) / len(at) for at in zip(*(turn["losses"] for turn in said),
+    curves = {name: [sum(at) / len(at) for at in zip(*(turn["losses"] for turn in reports),
                                                      strict=True)]
-              for name, said in turns.items()}  # fmt: skip
+              for name, reports in turns.items()}  # fmt: skip
     row = {"name": "pm_smollm2", **where}
     steps = enumerate(zip(curves["ours"], curves["peer"], strict=True), 1)
     return {"results": [{**row, "unit": "comparisons/s", **found}],
@@ -172,14 +172,14 @@ def pm_smollm2(rounds, quick):
 
 
 def real_comparisons(count, tokenizer, longest):
-    """Rows of hh-rlhf, ragged as they are, without the rotten ones and those longer than `longest`
+    """Rows of hh-rlhf, ragged as they are, without malformed ones and those longer than `longest`
     tokens, which ours would cut and trl would leave out."""
     rows = load.load_comparisons("hh-rlhf/harmless-base/test", limit=6 * count, seed=0)
 
     def fits(row):
-        talks = (dialogue.render(row["prompt"] + row[side], tokenizer, False)
+        texts = (dialogue.render(row["prompt"] + row[side], tokenizer, False)
                  for side in ("chosen", "rejected"))
-        return all(len(tokenizer(talk)["input_ids"]) < longest for talk in talks)
+        return all(len(tokenizer(text)["input_ids"]) < longest for text in texts)
 
     return [r for r in comparisons.check(rows, on_bad="skip") if fits(r)][:count]
 

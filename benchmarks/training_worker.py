@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 
-def report(**said):
+def report(**facts):
     """Reports how the last turn went and waits for the next."""
     if torch.cuda.is_available():
-        said["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        facts["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
     else:
-        said["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("@" + json.dumps(said), flush=True)
+        facts["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print("@" + json.dumps(facts), flush=True)
     if not sys.stdin.readline():
         os._exit(0)  # measured enough: the trainers' last steps are not of interest
 
@@ -35,10 +35,10 @@ class Gate:
     def __call__(self, *_):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        said = {}
+        facts = {}
         if self.began is not None:
-            said = {"rate": self.episodes / (time.perf_counter() - self.began)}
-        report(**said)
+            facts = {"rate": self.episodes / (time.perf_counter() - self.began)}
+        report(**facts)
         self.began = time.perf_counter()
 
 
@@ -118,16 +118,16 @@ def asked(s):
 def pm_ours(s):
     from cai_utils import preference
 
-    folder, said = Path(s["folder"]), {}
+    folder, facts = Path(s["folder"]), {}
     rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     seed = 0
     while True:
-        report(**said)
+        report(**facts)
         made = preference.train(
             folder / "base", rows, folder / "ours", batch_size=s["batch"], lr=1e-4,
             max_length=s["longest"], seed=seed, centre=False, schedule="linear", warmup=0.0,
             gradient_accumulation=s["batch"])
-        said = {"rate": made["pairs_per_second"], "losses": [row["loss"] for row in made["log"]]}
+        facts = {"rate": made["pairs_per_second"], "losses": [row["loss"] for row in made["log"]]}
         seed += 1
 
 
@@ -137,7 +137,7 @@ def pm_peer(s):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from trl import RewardConfig, RewardTrainer
 
-    folder, said = Path(s["folder"]), {}
+    folder, facts = Path(s["folder"]), {}
     rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     kept = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in rows]
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
@@ -148,7 +148,7 @@ def pm_peer(s):
     )  # fmt: skip
     seed = 0
     while True:
-        report(**said)
+        report(**facts)
         torch.manual_seed(seed)
         settings.seed = seed
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -161,7 +161,7 @@ def pm_peer(s):
         result = trainer.train()
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         rate = len(trainer.train_dataset) / result.metrics["train_runtime"]
-        said = {"rate": rate, "losses": losses}
+        facts = {"rate": rate, "losses": losses}
         seed += 1
 
 
