@@ -100,10 +100,10 @@ def modules_of(*sources: str, text: str = "") -> list[Path]:
 
 
 def _reached(function, seen: set) -> tuple[set[tuple], list]:
-    """What a function of a notebook refers to in cai_utils, and its own bytecode."""
-    starts, own = set(), []
+    """What a function of a notebook refers to in cai_utils, and its bytecode."""
+    starts, bytecode = set(), []
     if isinstance(function, types.ModuleType):
-        return {(function.__name__, ALL)}, own
+        return {(function.__name__, ALL)}, bytecode
     if hasattr(function, "func"):  # functools.partial
         return _reached(function.func, seen)
     if hasattr(function, "__func__"):  # a bound method: what defines it, and whose it is
@@ -114,10 +114,10 @@ def _reached(function, seen: set) -> tuple[set[tuple], list]:
     module = getattr(named, "__module__", None) or ""
     if ours(module):
         name = getattr(named, "__qualname__", type(function).__qualname__)
-        return starts | {(module, name.split(".")[0])}, own
+        return starts | {(module, name.split(".")[0])}, bytecode
     code = getattr(function, "__code__", None)
     if code is None or id(code) in seen:
-        return starts, own
+        return starts, bytecode
     seen.add(id(code))
     values = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
     scope = {
@@ -129,7 +129,7 @@ def _reached(function, seen: set) -> tuple[set[tuple], list]:
         block = stack.pop()
         constants = [c for c in block.co_consts if not isinstance(c, types.CodeType)]
         stack += [c for c in block.co_consts if isinstance(c, types.CodeType)]
-        own.append([block.co_code.hex(), [_constant(c) for c in constants], block.co_names])
+        bytecode.append([block.co_code.hex(), [_constant(c) for c in constants], block.co_names])
         for root, *attributes in _chains(block):
             value = scope.get(root)
             if isinstance(value, types.ModuleType):
@@ -142,8 +142,8 @@ def _reached(function, seen: set) -> tuple[set[tuple], list]:
                 if ours(inside) or (isinstance(item, types.FunctionType) and inside == module):
                     deeper, more = _reached(item, seen)
                     starts |= deeper
-                    own += more
-    return starts, own
+                    bytecode += more
+    return starts, bytecode
 
 
 def _items(value):
@@ -190,10 +190,10 @@ def code_digest(function) -> str:
     order change nothing. Values that the function reads from its surroundings do not count: those
     belong into the key.
     """
-    starts, own = _reached(function, set())
+    starts, bytecode = _reached(function, set())
     found = Graph(PACKAGE).reached(starts)
     return _sha256([sorted([*node, text] for node, text in found.items()),
-                    sorted(json.dumps(o) for o in own)])
+                    sorted(json.dumps(o) for o in bytecode)])
 
 
 def notebook_code(path, params: dict, text: str = "") -> dict[str, str]:

@@ -1,6 +1,7 @@
-"""Parameters: what params/<profile>/ holds, checked against what the notebooks declare.
+"""Parameters: the values in a notebook's parameters cell, and what a profile changes of them.
 
-``params/<profile>/_common.yaml`` is for every notebook of a profile, ``<notebook>.yaml`` for one.
+``params/<profile>/_common.yaml`` is for every notebook of a profile, ``<notebook>.yaml`` for one,
+and the command line for one run. Only names that the notebook declares are allowed.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def profiles(root) -> list[str]:
-    """Names of the folders of ``params/``; params/accelerate/ holds launch configs, no profile."""
+    """Names of the folders of ``params/``; params/accelerate/ is not a profile."""
     found = (p.name for p in (Path(root) / "params").glob("*") if p.is_dir())
     return sorted(name for name in found if name != "accelerate")
 
@@ -95,7 +96,7 @@ def read_params(path) -> dict:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -122,13 +123,13 @@ def parse_override(text: str) -> tuple[str, object]:
     """
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[\w-]+)*", name):
-        raise ValueError(f"{text!r} is no parameter; write name=value")
+        raise ValueError(f"{text!r} is not a parameter; write name=value")
     if NUMBER.fullmatch(value):
         return name, float(value)
     try:
         return name, yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ValueError(f"the value of {text!r} is no valid YAML; quote it") from None
+        raise ValueError(f"the value of {text!r} is not valid YAML; quote it") from None
 
 
 def _with_entry(name: str, value, path: list[str], entry):
@@ -145,8 +146,8 @@ def _with_entry(name: str, value, path: list[str], entry):
 
 
 def defaults(notebook_path) -> dict:
-    """{name: value} of the notebook's cell tagged ``parameters``; a value that is no literal is
-    None.
+    """{name: value} of the notebook's cell tagged ``parameters``; None for a value that is not a
+    literal.
 
     Read from the syntax tree, as papermill's own inspection misses some values over several lines.
     """
@@ -238,11 +239,11 @@ def merge_params(root, notebook: str, profile: str, overrides: dict | None = Non
     cell = defaults(root / "notebooks" / f"{notebook}.ipynb")
     if "profile" not in cell:
         raise ValueError(f"the parameters cell of {notebook} must declare 'profile'; add it")
-    own_file = f"params/{profile}/{notebook}.yaml"
-    own = read_params(root / own_file)
-    own.pop(GRID, None)
+    notebook_file = f"params/{profile}/{notebook}.yaml"
+    specific = read_params(root / notebook_file)
+    specific.pop(GRID, None)
     common = read_params(root / "params" / profile / "_common.yaml")
-    for source, values in ((own_file, own), ("the command line", overrides)):
+    for source, values in ((notebook_file, specific), ("the command line", overrides)):
         if values.get("profile", profile) != profile:
             raise ValueError(f"{source} sets profile={values['profile']}; use --profile for that")
         for name in values:
@@ -252,7 +253,7 @@ def merge_params(root, notebook: str, profile: str, overrides: dict | None = Non
                 raise ValueError(f"{source}: {error} (the parameters cell of {notebook})")
         check_sizes(root, {**values, "profile": profile}, f"{source}: ")
     merged = {name: value for name, value in common.items() if name in cell}
-    merged |= {"profile": profile, **own}
+    merged |= {"profile": profile, **specific}
     for text, value in overrides.items():
         name, *path = text.split(".")
         merged[name] = _with_entry(name, merged.get(name, cell[name]), path, value)

@@ -126,7 +126,7 @@ def test_a_number_that_yaml_takes_for_text_is_caught(lab):
 
 def test_broken_yaml_names_its_file(lab):
     write(lab / "params" / "mini" / "04_revisions.yaml", "a: [1\n")
-    with pytest.raises(ValueError, match=r"04_revisions\.yaml is no valid YAML"):
+    with pytest.raises(ValueError, match=r"04_revisions\.yaml is not valid YAML"):
         merge(lab)
     write(lab / "params" / "mini" / "04_revisions.yaml", "- 1\n")
     with pytest.raises(ValueError, match="must hold 'name: value' lines"):
