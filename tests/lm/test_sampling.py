@@ -25,6 +25,7 @@ from cai_utils.lm import kvcache
 from cai_utils.lm.completion import Completion
 from cai_utils.lm.engine import _pick
 from cai_utils.lm.sampling import Sampler
+from cai_utils.lm.tokens import text_ids
 
 CONTEXT = 64
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -354,6 +355,8 @@ def test_conversations_are_rendered_and_a_leading_bos_is_not_doubled(llama):
     sampler = Sampler(llama, TOKENIZER)
     talk = [{"role": "user", "content": "abc"}]
     assert sampler._texts([talk]) == ["\n\nHuman: abc\n\nAssistant:"]
+    bare = TOKENIZER("<s>ab", add_special_tokens=False).input_ids
+    assert text_ids(["<s>ab"], TOKENIZER) == [bare]
     a = sampler.generate(["q", "\n\na: ."], temperature=0, max_new_tokens=5)
     b = sampler.generate(["\n\na: .", "q"], temperature=0, max_new_tokens=5)
     assert a == b[::-1] and dataclasses.is_dataclass(a[0][0])
