@@ -376,12 +376,12 @@ def published_models(df, note="bars: 95 % intervals over prompts; of shares the 
 
 
 @style.figure
-def refusal_confusion(df, note="numbers: answers; colors: their share of the answers that people "
-                               "label so; agreement and its 95 % intervals: refusal_agreement"):
+def refusal_confusion(df, note="numbers: responses; colors: their share of a human label's "
+                               "responses; 95 % intervals of agreement: table refusal_agreement"):
     """How refusals are read, against human labels: a row of panels per reader, a column per model.
 
-    Columns: read_by, model, human (a label of XSTest), and the number of answers that are read as
-    each of those labels.
+    Columns: read_by, model, human (a label of XSTest), and the number of responses that are
+    read as each of those labels.
     """
     import seaborn  # takes a second, so only where it draws
 
@@ -400,7 +400,7 @@ def refusal_confusion(df, note="numbers: answers; colors: their share of the ans
             xticklabels=["none", "partial", "full"], yticklabels=["none", "partial", "full"])
         axes[row, col].tick_params(axis="y", labelrotation=0)
         axes[row, col].set(title=model if row == 0 else None,
-                           xlabel=f"Refusal, says the {reader}",
-                           ylabel="Refusal, say people" if col == 0 else None)
+                           xlabel=f"Refusal ({reader})",
+                           ylabel="Refusal (human label)" if col == 0 else None)
     panels.legend(fig, axes, note)
     return fig
