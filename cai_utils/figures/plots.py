@@ -160,7 +160,7 @@ def fig07_critique_ablation(df, note=style.BARS):
 
 
 def _runs(df):
-    """(method, size, label, colour, marker, dashes) of every run there is, in the paper's order."""
+    """(method, size, label, color, marker, dashes) of every run there is, in the paper's order."""
     sizes, methods = style.sizes_of(df), style.looks(style.ordered(df["method"]))
     alone = len(sizes) == 1
     there = set(zip(df["method"], df["size"]))
@@ -173,7 +173,7 @@ def _runs(df):
 @style.figure
 def fig08_elo_training(df, note=style.BARS):
     """Paper Fig. 8. Columns: method, size, step (RL episodes), axis, estimate (Elo), ci_low,
-    ci_high. Colour is the method, dashes the size."""
+    ci_high. Color is the method, dashes the size."""
     name, names = "fig08_elo_training", ["method", "size", "axis"]
     df = panels.check(df, name, ["step", "estimate"], names, [*names, "step"])
     df, runs = panels.rename(df, name, "axis", ELO_AXES), _runs(df)
@@ -281,7 +281,7 @@ def rl_curves(df, note=None):
 
     Columns: method, size, episode and objective/scores, objective/kl, objective/entropy,
     val/response_length (trl's names), one row per iteration; or the short names reward, kl,
-    entropy, length. Colour is the method, dashes the size.
+    entropy, length. Color is the method, dashes the size.
     """
     short = dict(zip(("reward", "kl", "entropy", "length"), RL_AXES))
     df = df.rename(columns={old: new for old, new in short.items() if new not in df})
@@ -376,31 +376,31 @@ def published_models(df, note="bars: 95 % intervals over prompts; of shares the 
 
 
 @style.figure
-def refusal_confusion(df, note="numbers: answers; colors: their share of the answers that people "
-                               "label so; agreement and its 95 % intervals: refusal_agreement"):
+def refusal_confusion(df, note="numbers: responses; colors: their share of a human label's "
+                               "responses; 95 % intervals of agreement: table refusal_agreement"):
     """How refusals are read, against human labels: a row of panels per reader, a column per model.
 
-    Columns: read_by, model, human (a label of XSTest), and the number of answers that are read as
-    each of those labels.
+    Columns: read_by, model, human (a label of XSTest), and the number of responses that are
+    read as each of those labels.
     """
     import seaborn  # takes a second, so only where it draws
 
-    said = [COMPLIANCE, PARTIAL, FULL]
+    labels = [COMPLIANCE, PARTIAL, FULL]
     names = ["read_by", "model", "human"]
-    df = panels.check(df, "refusal_confusion", said, names, names, ())
+    df = panels.check(df, "refusal_confusion", labels, names, names, ())
     readers, models = (list(dict.fromkeys(df[column])) for column in names[:2])
     fig, axes = panels.grid(len(readers), len(models), 1.7, max(1.6, 3.4 / len(models)),
                             sharex=True, sharey=True)
     for (row, reader), (col, model) in itertools.product(enumerate(readers), enumerate(models)):
         d = df[(df["read_by"] == reader) & (df["model"] == model)].set_index("human")
-        counts = d.reindex(said)[said].fillna(0)
+        counts = d.reindex(labels)[labels].fillna(0)
         seaborn.heatmap(
             counts.div(counts.sum(axis=1).clip(lower=1), axis=0), annot=counts, fmt=".0f",
             vmin=0, vmax=1, cmap="Blues", cbar=False, linewidths=1, ax=axes[row, col],
             xticklabels=["none", "partial", "full"], yticklabels=["none", "partial", "full"])
         axes[row, col].tick_params(axis="y", labelrotation=0)
         axes[row, col].set(title=model if row == 0 else None,
-                           xlabel=f"Refusal, says the {reader}",
-                           ylabel="Refusal, say people" if col == 0 else None)
+                           xlabel=f"Refusal ({reader})",
+                           ylabel="Refusal (human label)" if col == 0 else None)
     panels.legend(fig, axes, note)
     return fig

@@ -27,7 +27,7 @@ STYLE = {
     "xtick.major.width": 0.7, "ytick.major.width": 0.7, "lines.linewidth": 1.3,
     "lines.markersize": 4.5, "figure.dpi": 150,
 }  # fmt: skip
-_own = {}  # the rc parameters of the user's style file, on top of STYLE
+_user = {}  # the rc parameters of the user's style file, on top of STYLE
 
 METHODS = {p.label: (p.color, p.marker) for p in POLICIES.values()}  # the same in every figure
 # Colors that look like a policy's come last: one figure may show both.
@@ -41,7 +41,7 @@ BARS = "bars: 95 % bootstrap intervals over prompts"
 
 def use():
     """Use the project's style for whatever is drawn from here on (the plots do so anyway)."""
-    mpl.rcParams.update({**STYLE, **_own})
+    mpl.rcParams.update({**STYLE, **_user})
 
 
 @contextmanager
@@ -57,18 +57,18 @@ def on_top(name):
     except OSError:
         raise ValueError(f"{name} is no file, and no style of matplotlib: "
                          + ", ".join(plt.style.available)) from None
-    _own.update({key: rc[key] for key in rc if key != "backend"})
+    _user.update({key: rc[key] for key in rc if key != "backend"})
     try:
-        yield dict(_own)
+        yield dict(_user)
     finally:
-        _own.clear()
+        _user.clear()
 
 
 def figure(draw):
     """Draw in the project's style, lay out while that style holds, and close in pyplot."""
     @functools.wraps(draw)
     def wrapped(*args, **kwargs):
-        with mpl.rc_context({**STYLE, **_own}):
+        with mpl.rc_context({**STYLE, **_user}):
             fig = draw(*args, **kwargs)
             fig.draw_without_rendering()  # ticks are made when first drawn
         plt.close(fig)

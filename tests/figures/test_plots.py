@@ -224,8 +224,8 @@ LABELS = {
     "fig12": [("Parameters", "Accuracy")] * 2,
     "rl_truth": [("RL training sequences", y) for y in (
         "True harm", "True helpfulness", "Evasive share")],
-    "refusals": [(f"Refusal, says the {by}", y) for by in ("rule", "reader")
-                 for y in ("Refusal, say people", "")],
+    "refusals": [(f"Refusal ({by})", y) for by in ("rule", "reader")
+                 for y in ("Refusal (human label)", "")],
 }
 
 
