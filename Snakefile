@@ -79,7 +79,7 @@ def inputs(notebook):
     values = [ROOT / "params" / PROFILE / "_common.yaml", FILES[notebook]]
     values = [path for path in values if path.is_file()]
     text = " ".join([str(PARAMS[notebook])] + [
-        f"cai_utils.rl.{registry.method(name).trainer}"
+        f"cai_utils.rl.{registry.method(name).trainer}:train"
         for name in GRIDS[notebook].get("methods", [])])
     modules = modules_of(*notebook_cells(source), text=text)
     data = []

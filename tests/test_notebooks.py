@@ -1,12 +1,15 @@
 """The form of the notebooks, without running them: what papermill, git and a reader rely on."""
 
 import ast
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
 
+from cai_utils.experiment import dependencies
+from cai_utils.experiment.fingerprint import notebook_cells
 from cai_utils.experiment.params import all_params, declared, defaults, read_params
 
 ROOT = Path(__file__).parent.parent
@@ -60,3 +63,12 @@ def test_every_profile_gives_only_parameters_that_exist(path):
     for file in sorted((ROOT / "params").glob(f"*/{path.stem}.yaml")):
         given = yaml.safe_load(file.read_text()) or {}
         assert set(given) - {"grid"} <= set(declared(path)), file
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_what_a_notebook_takes_from_the_package_exists(path, monkeypatch):
+    monkeypatch.setattr(dependencies, "OUTSIDE", re.compile("(?!)"))  # figures and experiment, too
+    graph = dependencies.Graph()
+    for chain in dependencies.of_source("\n".join(notebook_cells(path))):
+        if chain[-1] not in (dependencies.ALL, dependencies.RUN):
+            assert graph.follow(*chain)[1] != dependencies.ALL, ".".join(chain)

@@ -19,14 +19,13 @@ def ingredients(root, notebook: str, profile: str, overrides: dict | None = None
     """What decides a run apart from other runs: {"params", "code", "files"}, each {name: value}."""
     root = Path(root)
     params = all_params(root, notebook, profile, overrides)
-    trainer = registry.POLICIES[params["method"]].trainer if params.get("method") in (
-        registry.methods()) else None
-    code = fingerprint.notebook_code(
-        root / "notebooks" / f"{notebook}.ipynb", params,
-        text=f"cai_utils.rl.{trainer}" if trainer else "")  # found by its name at run time
-    files = [(PACKAGE / "constitutions").glob("*.yaml")] if any(
-        name.startswith("cai_utils.constitution.") for name in code) else []
-    files = [path for found in files for path in found]
+    # A trainer is found by its name at run time.
+    trained = params.get("method") in registry.methods()
+    trainer = f"cai_utils.rl.{registry.method(params['method']).trainer}:train" if trained else ""
+    code = fingerprint.notebook_code(root / "notebooks" / f"{notebook}.ipynb", params, trainer)
+    files = []
+    if any(name.startswith("cai_utils.constitution.") for name in code):
+        files += (PACKAGE / "constitutions").glob("*.yaml")
     if "miniature/" in str(params.get("pretrained")):
         files += [PACKAGE / "miniature" / "weights"]
         # 00_miniature makes these, and the other notebooks take them before the shipped ones.
