@@ -155,7 +155,8 @@ def test_make_figures_passes_profile_pretrain_and_threads():
 
 
 def test_make_redraw_and_publish_pass_what_is_asked_for():
-    asked = ("PROFILE=smoke", "FIGURE=fig05_revisions", "STYLE=my.mplstyle", "FROM=runs", "OUT=there")
+    asked = ("PROFILE=smoke", "FIGURE=fig05_revisions", "STYLE=my.mplstyle", "FROM=runs",
+             "OUT=there")
     command = " ".join(make("-n", "redraw", *asked).stdout.replace("\\\n", " ").split())
     assert command.endswith(
         '-m cai_utils redraw --profile smoke --figure "fig05_revisions" --style "my.mplstyle" '

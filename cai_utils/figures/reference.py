@@ -9,7 +9,6 @@ an unfinished run or of a trial with other parameters than the profile's.
 
 from __future__ import annotations
 
-import ast
 import itertools
 import json
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from cai_utils.experiment.files import atomic, read_json
 from cai_utils.experiment.fingerprint import file_digest
-from cai_utils.experiment.params import GRID, check_profile, merge_params, read_params
+from cai_utils.experiment.params import GRID, all_params, check_profile, read_params
 from cai_utils.figures import gallery
 from cai_utils.figures import redraw as drawings
 
@@ -133,9 +132,7 @@ def _check_params(root: Path, profile: str, what: str, record: dict, points: dic
         raise ValueError(f"{what} has no record of a notebook of this profile beside it")
     differing = []
     for point in points[notebook]:
-        wanted = {**_declared(root / "notebooks" / f"{notebook}.ipynb"),
-                  **merge_params(root, notebook, profile, point)}
-        wanted = json.loads(json.dumps(wanted))
+        wanted = json.loads(json.dumps(all_params(root, notebook, profile, point)))
         differing.append([name for name, value in wanted.items()
                           if name not in FREE and name in found and found[name] != value])
     names = min(differing, key=len)
@@ -143,15 +140,6 @@ def _check_params(root: Path, profile: str, what: str, record: dict, points: dic
         raise ValueError(f"{what} is of a trial, with its own "
                          + ", ".join(f"{name}={found[name]}" for name in names)
                          + f"; run {notebook} with the parameters of the profile first")
-
-
-def _declared(notebook: Path) -> dict:
-    """{name: value} of a notebook's parameters cell."""
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-        if "parameters" in cell["metadata"].get("tags", []):
-            lines = ast.parse("".join(cell["source"])).body
-            return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
-    return {}
 
 
 def _always_drawn(notebook: Path) -> list[str]:
