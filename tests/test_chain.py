@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cai_utils.experiment import registry
 from cai_utils.figures import gallery
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +26,7 @@ FIGURES = {  # figure -> columns that its table must have besides the estimate a
     "fig12_identify_classify": {"size", "method"},
     "pretraining_curves": {"size", "tokens", "loss"},
 }
-METHODS = ("helpful_rlhf", "hh_rlhf", "rl_cai", "rl_cai_cot")
+METHODS = registry.methods()
 
 
 def environment(**more):
