@@ -31,6 +31,7 @@ STAGES = {
     "preference": "a preference model: one score per conversation",
     "absolute": "a harmfulness model: one absolute score per conversation (section 4.5)",
     "ppo": "a policy, trained by PPO against a preference model",
+    "dpo": "a policy, trained by DPO on AI preference labels",
 }
 
 

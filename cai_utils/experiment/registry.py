@@ -48,6 +48,8 @@ POLICIES = {
                start="sl_cai", reward="pm_rl_cai", trainer="ppo"),
         Policy("rl_cai_cot", "RL-CAI with CoT", "#cc79a7", "P", RL,
                start="sl_cai", reward="pm_rl_cai_cot", trainer="ppo"),
+        Policy("dpo_cai", "DPO-CAI", "#6b2d0c", "p", RL,
+               start="sl_cai", reward="data/labels", trainer="dpo"),
     )
 }  # fmt: skip
 

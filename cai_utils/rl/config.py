@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
+from cai_utils.experiment.params import for_size
+
 # Numbers as text, 1.0 for a whole number, and NaN are refused, not converted.
 CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -116,12 +118,13 @@ def from_dict(kind, values):
         found = {}
         for problem in error.errors():
             found.setdefault(str(problem["loc"][0]), []).append(problem)
-        lines = [_told(fields[name], problems) for name, problems in found.items()]
+        lines = [_problem(fields[name], problems) for name, problems in found.items()]
         raise ValueError(f"{kind.__name__}: {'; '.join(lines)}") from None
 
 
-def _told(field, problems):
-    """What is wrong with a field and what is allowed, from pydantic's list (one of each type)."""
+def _problem(field, problems):
+    """What is wrong with a field and what is allowed; problems: pydantic's, one for each type that
+    the field may have."""
     if problems[0]["type"].startswith("missing"):
         return f"{field.name} is missing"
     value = problems[0]["input"]
@@ -144,12 +147,10 @@ def resolve(kind, values, size, **shared):
     where `kind` has such a field and `values` has not. ValueError as `from_dict`, and for a field
     without a value for `size`.
     """
-    from cai_utils.experiment.params import for_size
-
     fields = {f.name for f in dataclasses.fields(kind)}
     found = {name: value for name, value in shared.items() if name in fields}
-    for name, value in values.items():
-        plain = name == "lora" and not all(
-            v is None or isinstance(v, dict) for v in (value or {}).values())
-        found[name] = value if plain else for_size(value, size)
+    for name, value in (values or {}).items():
+        arguments = name == "lora" and isinstance(value, dict) and not (
+            value and all(v is None or isinstance(v, dict) for v in value.values()))
+        found[name] = value if arguments else for_size(value, size)
     return from_dict(kind, found)

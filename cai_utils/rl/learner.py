@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import nn
 
 from cai_utils.lm import models
 from cai_utils.lm.sampling import Sampler
 from cai_utils.lm.tokens import prompt_ids_of
 from cai_utils.rl import networks, rollout
+from cai_utils.rl.config import PPOConfig
 from cai_utils.rl.distributed import copy_weights, make_accelerator
 
 
@@ -19,12 +23,12 @@ from cai_utils.rl.distributed import copy_weights, make_accelerator
 class Learner:
     """Policy and value model with their optimizer, and the reference that the policy started as."""
 
-    config: object       # PPOConfig
-    accelerator: object
-    networks: object     # `networks.Actor`: policy and value model
-    actor: object        # the same, as accelerate wraps it
-    optimizer: object    # its groups: policy, value model
-    reference: object    # what `networks` takes -> log-probabilities (N,) under the starting policy
+    config: PPOConfig
+    accelerator: Accelerator
+    networks: networks.Actor  # policy and value model
+    actor: nn.Module          # the same, as accelerate wraps it
+    optimizer: torch.optim.Optimizer  # its groups: policy, value model
+    reference: Callable       # a batch -> its log-probabilities (N,) under the starting policy
 
     @property
     def sharded(self):

@@ -77,18 +77,18 @@ def passes_of_process(lengths, max_tokens, process=0, processes=1, packs=False):
     repeats the shortest episode at weight 0. Every episode has weight 1 in exactly one process.
     """
     def passes(rank):
-        own = range(rank, len(lengths), processes)
-        if not own:
+        mine = range(rank, len(lengths), processes)
+        if not mine:
             return []
-        sizes = [lengths[i] for i in own]
+        sizes = [lengths[i] for i in mine]
         found = packed_rows(sizes, max_tokens) if packs else [
             [[i] for i in group] for group in length_groups(sizes, max_tokens)]
-        return [[[own[i] for i in row] for row in rows] for rows in found]
+        return [[[mine[i] for i in row] for row in rows] for rows in found]
 
-    mine = passes(process)
-    most = max(len(mine), *(len(passes(r)) for r in range(processes) if processes > 1), 0)
-    idle = [([[int(np.argmin(lengths))]], 0.0)] * (most - len(mine))
-    return [(rows, 1.0) for rows in mine] + idle
+    found = passes(process)
+    most = max(len(found), *(len(passes(r)) for r in range(processes) if processes > 1), 0)
+    idle = [([[int(np.argmin(lengths))]], 0.0)] * (most - len(found))
+    return [(rows, 1.0) for rows in found] + idle
 
 
 def pack(episodes, device="cpu", counts=None):

@@ -1,5 +1,5 @@
-"""An iteration of PPO up to its updates: responses sampled and scored, what the models say of them,
-and the advantages.
+"""An iteration of PPO up to its updates: sampled and scored responses, log-probabilities and values
+of their tokens, advantages.
 
 B: episodes, T: response tokens of the longest one, N: response tokens of all of them, flat. Every
 process holds the whole batch; sampling, scoring and the passes through the models are divided.
@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from cai_utils import dialogue
 from cai_utils.lm import models
+from cai_utils.lm.sampling import Sampler
 from cai_utils.rl import losses
+from cai_utils.rl.config import PPOConfig
 from cai_utils.rl.packing import Episode, pack, passes_of_process
 
 
@@ -29,13 +35,13 @@ class Rollout:
     conversations: list[list[dict]]  # B: messages, the last one the response
     scores: torch.Tensor             # (B,) float32, the PM's
     ended: torch.Tensor              # (B,) bool: ended by itself, with eos
-    sampled_logprobs: torch.Tensor   # (N,) what the sampler said of its tokens
+    sampled_logprobs: torch.Tensor   # (N,) as the sampler computed them
     seconds: dict                    # time/sample, time/score
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the models that sampled say of the response tokens, before any update. All (B, T)."""
+    """Log-probabilities and values of the response tokens before any update. All (B, T)."""
 
     mask: torch.Tensor          # float: 1 on a response's tokens, 0 after them
     logprobs: torch.Tensor      # of the policy, at the sampling temperature
@@ -66,16 +72,16 @@ class Experience:
 class Collector:
     """What makes rollouts: prompts, the policy as a plain model to sample from, and the PM."""
 
-    config: object       # PPOConfig
-    accelerator: object
-    tokenizer: object
-    sampler: object      # lm.sampling.Sampler of `model`
-    model: object        # the policy; where weights are sharded, a whole copy that follows it
-    adapted: object      # with LoRA, the peft models around policy and value model, else None
-    scorer: object       # `.score(conversations) -> (B,)`
-    scorer_of: object    # a PM's folder, or a scorer -> scorer
-    prompts: list        # messages
-    prompt_ids: list     # and their token ids
+    config: PPOConfig
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    sampler: Sampler             # of `model`
+    model: nn.Module             # the policy; where weights are sharded, a whole copy of it
+    adapted: tuple | None        # with LoRA, the peft models around policy and value model
+    scorer: object               # `.score(conversations) -> (B,)`
+    scorer_of: Callable          # the folder of a PM, or a scorer -> scorer
+    prompts: list[list[dict]]    # messages
+    prompt_ids: list[list[int]]  # their tokens
 
     def collect(self, chosen, seed):
         """One response to each prompt at the indices `chosen` -> Rollout. Each process samples and

@@ -67,6 +67,7 @@ def test_values_by_size_are_resolved():
     by_size = {**values, "lora": {"xs": None, "s": {"r": 8}}}
     assert resolve(PPOConfig, by_size, "s").lora == {"r": 8}
     assert resolve(PPOConfig, by_size, "xs").lora is None
+    assert resolve(PPOConfig, {**values, "lora": {}}, "xs").lora == {}
     with pytest.raises(ValueError, match="none for size 'm'"):
         resolve(PPOConfig, values, "m")
 

@@ -140,7 +140,8 @@ def test_the_profile_holds_the_counts_of_the_paper():
             assert own[f"{parts}_batch_size"] % own[f"{parts}_accumulation"][size] == 0
     rl = merged["09_rl"]
     prompts = redteam + counts["helpful"] + counts["rl_redteam"] + counts["rl_helpful"]
-    assert rl["iterations"] == math.ceil(prompts / rl["episodes"])
+    ppo = rl["settings"]["ppo"]
+    assert ppo["iterations"] == math.ceil(prompts / ppo["episodes"])
     assert rl["n_prompts"] == redteam + counts["rl_redteam"]
 
 
