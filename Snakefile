@@ -31,7 +31,7 @@ NEEDS = {
     "06_critique_ablation": ["02_preference_models", "03_critique_revision"],
     "07_sl_cai": ["03_critique_revision"],
     "08_ai_feedback": ["07_sl_cai"],
-    "09_rl": ["02_preference_models", "03_critique_revision", "08_ai_feedback"],
+    "09_rl": sorted({name for method in registry.methods() for name in registry.needs(method)}),
     "10_elo": ["07_sl_cai", "09_rl"],
     "12_published_samples": ["02_preference_models"],
 }

@@ -1,4 +1,4 @@
-"""``make bench``: ours beside its peer; benchmarks/README.md says how it is measured.
+"""`make bench`: ours beside its peer; benchmarks/README.md says how it is measured.
 
 python benchmarks/bench.py [NAME ...] [--rounds 5] [--quick] [--out benchmarks]
 """

@@ -45,7 +45,7 @@ def rates_side_by_side(ours, peer, rounds):
 
 
 def timed(work, *arguments):
-    """(the result of ``work``, seconds)."""
+    """(the result of `work`, seconds)."""
     _wait()
     began = time.perf_counter()
     result = work(*arguments)
@@ -59,7 +59,7 @@ def _wait():
 
 
 def machine(model):
-    """The ``machine`` of a row: processor, cores, threads and dtype."""
+    """The `machine` of a row: processor, cores, threads and dtype."""
     found = provenance.machine()
     dtype = str(model.dtype).removeprefix("torch.")
     if model.device.type == "cuda":
@@ -97,7 +97,7 @@ def _best(work, seconds):
 
 
 def decode_work(model, rows, prompt, new):
-    """Least GFLOP and GB for ``new`` tokens after ``prompt`` tokens in each of ``rows``.
+    """Least GFLOP and GB for `new` tokens after `prompt` tokens in each of `rows`.
 
     Two operations per weight and token, and attention over the tokens before; weights are read once
     per step, keys and values once per step and row.

@@ -1,4 +1,4 @@
-"""Sampling and labelling: the local engine against ``transformers.generate`` and plain passes.
+"""Sampling and labelling: the local engine against `transformers.generate` and plain passes.
 
 Every function returns rows: {"results": [...], "growth": [...], "limits": [...]}.
 """
@@ -133,7 +133,7 @@ def ours_cut(sampler, prompts, limits, seed):
 
 
 class RowLimits(StoppingCriteria):
-    """Ends row b of ``generate`` after limits[b] new tokens."""
+    """Ends row b of `generate` after limits[b] new tokens."""
 
     def __init__(self, limits, width):
         self.limits, self.width = limits, width
@@ -143,7 +143,7 @@ class RowLimits(StoppingCriteria):
 
 
 class Peer:
-    """``transformers.generate`` on the same weights and batch, with the faster of SDPA and eager
+    """`transformers.generate` on the same weights and batch, with the faster of SDPA and eager
     attention."""
 
     def __init__(self, sampler, prompts, new):
@@ -176,7 +176,7 @@ class Peer:
             self.model.set_attn_implementation(before)
 
     def completions(self, seed):
-        """Until every row has ended by itself, or ``new`` tokens."""
+        """Until every row has ended by itself, or `new` tokens."""
         return len(self._with_attention(lambda: self._generate(seed)))
 
     def cut(self, seed, limits):

@@ -1,4 +1,4 @@
-"""The command line: ``python -m cai_utils run NOTEBOOK [--profile P] [name=value ...]``."""
+"""The command line: `python -m cai_utils run NOTEBOOK [--profile P] [name=value ...]`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Conversations: lists of messages, and their text forms.
 
-A conversation is ``[{"role": "user" | "assistant", "content": str}, ...]``. Its plain text form is
+A conversation is `[{"role": "user" | "assistant", "content": str}, ...]`. Its plain text form is
 the transcript of the paper (Bai et al. 2022, arXiv 2212.08073)::
 
     "\\n\\nHuman: ...\\n\\nAssistant: ..."
 
 Contents are written verbatim. Outer whitespace is removed where text becomes a message
-(``parse_transcript``, ``with_response``), so that messages round-trip.
+(`parse_transcript`, `with_response`), so that messages round-trip.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
 # The transcript as a chat template, for tokenizers that are used in other tools. It ends a finished
-# conversation with eos, as training does (``tokens.encode``); ``uses_transcript`` recognises it.
+# conversation with eos, as training does (`tokens.encode`); `uses_transcript` recognises it.
 TEMPLATE = (
     "{% for m in messages %}{{ '\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: ' }}"
     "{{ m['content'] }}{% endfor %}"
@@ -31,7 +31,7 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 def transcript(messages, add_generation_prompt=False):
     """Messages -> the paper's transcript, which begins with "\\n\\nHuman:".
 
-    With ``add_generation_prompt`` it ends in "\\n\\nAssistant:" without a trailing space: the
+    With `add_generation_prompt` it ends in "\\n\\nAssistant:" without a trailing space: the
     completion brings its own. ValueError on a role other than user or assistant, on an empty list,
     and on a generation prompt asked for after an assistant message.
     """
@@ -71,8 +71,8 @@ def uses_transcript(tokenizer):
 def render(conversation, tokenizer, add_generation_prompt=True):
     """A conversation -> the text a model reads: its own chat template, else the transcript.
 
-    A ``str`` passes through. For text that ends with a finished response (scoring, training) pass
-    ``add_generation_prompt=False``. ValueError as in ``transcript``.
+    A `str` passes through. For text that ends with a finished response (scoring, training) pass
+    `add_generation_prompt=False`. ValueError as in `transcript`.
     """
     if isinstance(conversation, str):
         return conversation
@@ -87,7 +87,7 @@ def render(conversation, tokenizer, add_generation_prompt=True):
 def with_response(prompt, text):
     """The prompt's messages followed by one assistant message, its outer whitespace stripped.
 
-    Returns a new list; ``prompt`` is not changed.
+    Returns a new list; `prompt` is not changed.
     """
     return [*prompt, {"role": "assistant", "content": text.strip()}]
 

@@ -94,12 +94,13 @@ def train(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, ma
         "tokens": sum(map(len, ids)) * epochs, "score_mean": mean, "score_std": std,
         "log": trainer.state.log_history[:-1],
     }  # fmt: skip
-    if evaluate:
-        metrics["eval"] = evaluate(preference.Scorer(model, tokenizer, max_length=max_length))
     metrics["seconds"] = time.time() - start
     record = dict(base=str(spec_or_folder), stage="absolute", **settings, lora=lora,
                   max_length=max_length)
     training.save_trained(trainer, tokenizer, out_dir, {**record, **metrics})
+    if evaluate:  # once the model is saved: rows that it refuses cost no training
+        metrics["eval"] = evaluate(preference.Scorer(model, tokenizer, max_length=max_length))
+        training.write_record(out_dir, {**record, **metrics})
     return metrics
 
 

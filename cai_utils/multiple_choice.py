@@ -136,7 +136,7 @@ def swap_options(prompt: str, row: int = 0) -> str:
     if match is None or letters != ["(A)", "(B)"]:
         raise ValueError(
             f"question {row}: both_orders needs one option block ' (A) ...' and one ' (B) ...' "
-            f"before '{ANSWER_LEAD}', found {letters or 'none'}: mend the prompt or pass "
+            f"before '{ANSWER_LEAD}', found {letters or 'none'}: correct the prompt or pass "
             "both_orders=False"
         )
     head, a, b, tail = match.group("head", "a", "b", "tail")

@@ -2,7 +2,7 @@
 
 The loss is that of section 4.1 of the paper: cross-entropy against the feedback model's probability
 that the chosen response is the better one. A human label is the special case 1. It stands on trl's
-``RewardTrainer``; ours are the loss, the tokens (``tokens.encode``: those of sampling, ended by
+`RewardTrainer`; ours are the loss, the tokens (`tokens.encode`: those of sampling, ended by
 eos, where the score is read) and batches of similar length.
 
 The scale of scores: sigmoid(score(a) - score(b)) is the probability that a is preferred.
@@ -63,7 +63,7 @@ class PreferenceTrainer(training.LengthBatchedTrainer, RewardTrainer):
 
 
 def _collate(examples, pad_id, multiple):
-    """B rows -> a batch of 2 B sequences, the chosen ones first (``tokens.pad``)."""
+    """B rows -> a batch of 2 B sequences, the chosen ones first (`tokens.pad`)."""
     ids = [e["chosen_ids"] for e in examples] + [e["rejected_ids"] for e in examples]
     input_ids, mask = tokens.pad(ids, pad_id, multiple)
     return {"input_ids": input_ids, "attention_mask": mask,
@@ -107,23 +107,23 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
           seed=0, evaluate=None, report_to=(), runs_dir=None, lora=None, on_bad="raise",
           centre=True, schedule="cosine", warmup=0.05, weight_decay=0.0,
           gradient_checkpointing=False, gradient_accumulation=1):
-    """Train a PM from any causal LM, or go on from a PM; saved as a HF folder at ``out_dir``.
+    """Train a PM from any causal LM, or go on from a PM; saved as a HF folder at `out_dir`.
 
-    comparisons: rows as in ARCHITECTURE.md, Rows; ``p_chosen`` is the soft target and ``weight``
-    (see ``comparisons.mix``) how much a row counts, both 1 if absent. on_bad: as in
-    ``comparisons.check``. ``lr`` suits models of 0.1 to 10M parameters. ``lora``: as in
-    ``sft.finetune``; the head is trained too, and the adapter merged. ``gradient_accumulation``:
+    comparisons: rows as in ARCHITECTURE.md, Rows; `p_chosen` is the soft target and `weight`
+    (see `comparisons.mix`) how much a row counts, both 1 if absent. on_bad: as in
+    `comparisons.check`. `lr` suits models of 0.1 to 10M parameters. `lora`: as in
+    `sft.finetune`; the head is trained too, and the adapter merged. `gradient_accumulation`:
     passes in which a step reads its batch, for less memory. The gradient is the mean over the
     passes: that of one pass, except in an epoch's last step if it is not full.
-    ``centre``: shift the scores so that their mean over the training responses (at most 2,000 of
-    them) is 0: in the head's bias where it has one, else as ``score_mean`` in config.json, which
-    ``Scorer`` subtracts. ``score_std`` is written beside it for those who want unit variance; it is
+    `centre`: shift the scores so that their mean over the training responses (at most 2,000 of
+    them) is 0: in the head's bias where it has one, else as `score_mean` in config.json, which
+    `Scorer` subtracts. `score_std` is written beside it for those who want unit variance; it is
     not applied, since score differences stand for probabilities.
 
     Returns {"train_loss", "tokens", "pairs", "steps", "seconds", "pairs_per_second", "score_mean",
-    "score_std", "log", and, if given, "eval": what ``evaluate(Scorer)`` returns of the trained PM
-    (``evaluation.agreement.evaluate`` with its rows, say)}. ValueError on bad rows
-    (``comparisons.check``) and on a loss that is not finite (nothing is saved then).
+    "score_std", "log", and, if given, "eval": what `evaluate(Scorer)` returns of the trained PM
+    (`evaluation.agreement.evaluate` with its rows, say)}. ValueError on bad rows
+    (`comparisons.check`) and on a loss that is not finite (nothing is saved then).
     """
     start = time.time()
     settings = dict(epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, schedule=schedule,
@@ -151,12 +151,13 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
     scorer = Scorer(model, tokenizer, max_length=max_length)
     if centre:
         metrics |= _centre(scorer, data, seed)
-    if evaluate:
-        metrics["eval"] = evaluate(scorer)
     metrics["seconds"] = time.time() - start
     record = dict(base=str(spec_or_folder), stage="preference", **settings, lora=lora,
                   max_length=max_length)
     training.save_trained(trainer, tokenizer, out_dir, {**record, **metrics})
+    if evaluate:  # once the model is saved: rows that it refuses cost no training
+        metrics["eval"] = evaluate(scorer)
+        training.write_record(out_dir, {**record, **metrics})
     return metrics
 
 
@@ -179,9 +180,9 @@ def _centre(scorer, data, seed, at_most=2000):
 class Scorer:
     """Scores of conversations under a PM: higher is better, sigmoid(a - b) = P(a preferred to b).
 
-    ``model``: a folder (or any spec of ``models.load``) that ``train`` wrote, or a live model with
-    its ``tokenizer``. Batches hold sequences of similar length, at most ``batch_tokens`` tokens
-    with padding. A conversation over ``max_length`` tokens (None: the model's positions) loses the
+    `model`: a folder (or any spec of `models.load`) that `train` wrote, or a live model with
+    its `tokenizer`. Batches hold sequences of similar length, at most `batch_tokens` tokens
+    with padding. A conversation over `max_length` tokens (None: the model's positions) loses the
     first tokens of its prompt. ValueError when the folder holds no PM.
     """
 

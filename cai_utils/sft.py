@@ -1,6 +1,6 @@
 """Supervised finetuning: SL-CAI (section 3.1 of the paper), and every helpful assistant before it.
 
-It stands on trl's ``SFTTrainer``. The token ids are made here and not by trl, because they have to
+It stands on trl's `SFTTrainer`. The token ids are made here and not by trl, because they have to
 be exactly what sampling reads and what sampling must produce::
 
     [bos]  render(prompt, add_generation_prompt=True)  " " + response  eos
@@ -8,7 +8,7 @@ be exactly what sampling reads and what sampling must produce::
 
 trl renders the prompt and the whole conversation through the chat template alone, and so would add
 no eos where a template has none (the model would never learn to stop) and would train on what a
-template puts after it. It takes rows with ``input_ids`` and ``labels`` as they are.
+template puts after it. It takes rows with `input_ids` and `labels` as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cai_utils.lm import tokens, training
 def sl_cai_rows(chains, helpful, n, up_to=True) -> list[dict]:
     """What SL-CAI-n is finetuned on (paper 3.2): SFT rows {"messages"}.
 
-    chains: rows of ``critique.revise``; with ``up_to`` all revisions 1..n of a chain are used, else
+    chains: rows of `critique.revise`; with `up_to` all revisions 1..n of a chain are used, else
     the n-th alone. helpful: samples of the helpful assistant on helpful prompts, which keep the
     model helpful. Empty responses are left out, equal ones of a chain are used once. ValueError
     where chains are shorter than n.
@@ -43,18 +43,18 @@ def sl_cai_rows(chains, helpful, n, up_to=True) -> list[dict]:
 
 def with_pretraining(rows, texts, share, seed=0) -> list[dict]:
     """SFT rows, followed by so many randomly drawn pretraining rows ({"text"}, or {"context",
-    "text"}) that these are the fraction ``share`` of all rows."""
+    "text"}) that these are the fraction `share` of all rows."""
     n = min(len(texts), round(len(rows) * share / (1 - share)))
     order = np.random.default_rng(seed).permutation(len(texts))[:n]
     return [*rows, *(texts[i] for i in sorted(order))]
 
 
 def tokenize(rows, tokenizer, max_length=512):
-    """SFT rows -> {"input_ids": [[int]], "labels": [[int]]}, what ``SFTTrainer`` trains on.
+    """SFT rows -> {"input_ids": [[int]], "labels": [[int]]}, what `SFTTrainer` trains on.
 
-    ``{"messages": [...]}``: labels are -100 except on the last assistant turn and its eos; a
-    long prompt loses its first tokens. ``{"text": str}``: pretraining text, loss on all tokens, cut
-    into pieces of ``max_length``; with ``"context": str`` before it, the loss is on the text alone.
+    `{"messages": [...]}`: labels are -100 except on the last assistant turn and its eos; a
+    long prompt loses its first tokens. `{"text": str}`: pretraining text, loss on all tokens, cut
+    into pieces of `max_length`; with `"context": str` before it, the loss is on the text alone.
     ValueError names a row that is neither, or has an empty response.
     """
     if not rows:
@@ -116,13 +116,13 @@ def _pieces(rows, tokenizer, max_length):
 def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, max_length=512,
              seed=0, runs_dir=None, report_to=(), lora=None, schedule="cosine", warmup=0.05,
              weight_decay=0.0, gradient_checkpointing=False, gradient_accumulation=1):
-    """Finetune a causal LM on ``rows``; model and tokenizer are saved as a HF folder at out_dir.
+    """Finetune a causal LM on `rows`; model and tokenizer are saved as a HF folder at out_dir.
 
-    rows: as in ``tokenize``. ``lr`` suits models of 0.1 to 10M parameters (larger ones: 1e-5 to
-    5e-5). ``lora``: keyword arguments of ``peft.LoraConfig``; the adapter is merged before saving.
-    With ``"quantize": "4bit"`` (or ``"8bit"``) among them it is QLoRA: as in ``models.load``.
-    ``schedule``: "cosine", "linear" or "constant_with_warmup"; ``warmup``: fraction of the steps.
-    ``gradient_accumulation``: passes in which a step reads its batch, for less memory; the rows of
+    rows: as in `tokenize`. `lr` suits models of 0.1 to 10M parameters (larger ones: 1e-5 to
+    5e-5). `lora`: keyword arguments of `peft.LoraConfig`; the adapter is merged before saving.
+    With `"quantize": "4bit"` (or `"8bit"`) among them it is QLoRA: as in `models.load`.
+    `schedule`: "cosine", "linear" or "constant_with_warmup"; `warmup`: fraction of the steps.
+    `gradient_accumulation`: passes in which a step reads its batch, for less memory; the rows of
     a step and their gradient are those of one pass.
 
     Returns {"train_loss": nats per trained token, mean over the steps, "tokens": tokens read

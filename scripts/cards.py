@@ -124,7 +124,7 @@ def results(training, tables, run_dir) -> str:
     """What was measured: training loss, accuracy on held-out comparisons, and tables, each with the
     commit that made it, if its record is that of this very file.
 
-    tables: paths of CSVs, or names in ``run_dir/results``. FileNotFoundError names one that is not
+    tables: paths of CSVs, or names in `run_dir/results`. FileNotFoundError names one that is not
     there.
     """
     found = []
@@ -150,7 +150,7 @@ def results(training, tables, run_dir) -> str:
 
 def markdown(rows, at_most=60) -> str:
     """Rows (dicts of one set of keys) as a Markdown table, numbers to four digits; of more than
-    ``at_most`` rows the number of those left out."""
+    `at_most` rows the number of those left out."""
     if not rows:
         return "(no rows)"
 
@@ -199,7 +199,7 @@ def hub_id(base) -> str | None:
 
 def without_paths(value, run_dir):
     """JSON with absolute paths replaced by what they mean elsewhere: the spec of shipped weights, a
-    path inside the run folder ``run_dir`` (or None), else the last name alone."""
+    path inside the run folder `run_dir` (or None), else the last name alone."""
     if isinstance(value, dict):
         return {k: without_paths(v, run_dir) for k, v in value.items()}
     if isinstance(value, list):

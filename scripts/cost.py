@@ -8,8 +8,8 @@ one, 6 N to train on one; N: parameters in matrix products, attention not counte
 
     python -m scripts.cost params/paper/cost.yaml [--csv FILE]
 
-The file is ``params/paper/cost.yaml`` or one like it: ``counts``, ``tokens``, ``rl``, ``labels``,
-``gpu``, ``models`` {size: parameters} and ``throughput`` {size: {read, sampled, trained}}.
+The file is `params/paper/cost.yaml` or one like it: `counts`, `tokens`, `rl`, `labels`,
+`gpu`, `models` {size: parameters} and `throughput` {size: {read, sampled, trained}}.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def _numbers(own, names, where):
 
 
 def tokens(given) -> pd.DataFrame:
-    """Tokens of each stage, for one model: columns ``stage``, ``section`` (of the paper), ``read``
-    (prompts, and text that is only scored), ``sampled``, ``trained`` (each epoch counts).
+    """Tokens of each stage, for one model: columns `stage`, `section` (of the paper), `read`
+    (prompts, and text that is only scored), `sampled`, `trained` (each epoch counts).
 
-    given: what ``load`` returns. Every request is counted in full, as by an engine that does not
+    given: what `load` returns. Every request is counted in full, as by an engine that does not
     reuse shared prefixes; reuse makes it cheaper. The RL runs are those of the registry's policies
     that PPO trains.
     """
@@ -130,8 +130,8 @@ def throughput(given, size) -> dict:
 
 
 def table(given) -> pd.DataFrame:
-    """One row per size and stage: ``size``, ``stage``, ``section``, ``read``, ``sampled``,
-    ``trained`` (tokens), ``gpu_hours``, ``how`` (see ``throughput``). ValueError where tokens are
+    """One row per size and stage: `size`, `stage`, `section`, `read`, `sampled`,
+    `trained` (tokens), `gpu_hours`, `how` (see `throughput`). ValueError where tokens are
     to be handled at a speed of 0."""
     stages, parts = tokens(given), []
     for size in given["models"]:
@@ -167,7 +167,7 @@ def _short(x) -> str:
 
 
 def main(arguments=None) -> None:
-    """The command line; ``--help`` lists its arguments."""
+    """The command line; `--help` lists its arguments."""
     parser = argparse.ArgumentParser(prog="python -m scripts.cost", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", default="params/paper/cost.yaml")

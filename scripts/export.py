@@ -1,9 +1,9 @@
 """Export of models and rows as folders for the Hugging Face hub and its tools.
 
-``save_for_hub`` works offline; ``push_to_hub`` uploads the same files. The card beside the weights
-or rows is a template (``model_card.md``, ``data_card.md``) filled in from the run's records:
-``training.json`` in a model's folder, ``<name>.jsonl.key.json`` beside rows,
-``<name>.provenance.json`` beside a table. What has no record is called unknown.
+`save_for_hub` works offline; `push_to_hub` uploads the same files. The card beside the weights
+or rows is a template (`model_card.md`, `data_card.md`) filled in from the run's records:
+`training.json` in a model's folder, `<name>.jsonl.key.json` beside rows,
+`<name>.provenance.json` beside a table. What has no record is called unknown.
 
     python -m scripts.export runs/miniature/models/pm_hh/s --out OUT --table pm_accuracy
 """
@@ -37,20 +37,20 @@ STAGES = {
 
 def save_for_hub(source, out_dir, *, name=None, license=None, language=None,
                  tables=(), limits=()) -> Path:
-    """A model folder, a rows file (.jsonl, .jsonl.gz, .csv, .parquet) or several -> ``out_dir``.
+    """A model folder, a rows file (.jsonl, .jsonl.gz, .csv, .parquet) or several -> `out_dir`.
 
     A model: its files, a chat template where it has none (the paper's transcript), its
-    ``training.json`` without absolute paths, README.md (the model card). A score model is set so
-    that ``pipeline("text-classification")`` gives its raw score (see ``scored_text``). Rows:
-    ``data/<name>/<split>.jsonl`` and README.md (the data card), as ``datasets.load_dataset`` reads
+    `training.json` without absolute paths, README.md (the model card). A score model is set so
+    that `pipeline("text-classification")` gives its raw score (see `scored_text`). Rows:
+    `data/<name>/<split>.jsonl` and README.md (the data card), as `datasets.load_dataset` reads
     them.
 
     name: title of the card (default: names of the folder). license: an identifier of the hub, as
     "apache-2.0"; language: likewise, as "en". tables: results to show, names in the run's
-    ``results/`` or paths of CSVs. limits: sentences for the card's section of that name. Returns
-    ``out_dir``.
+    `results/` or paths of CSVs. limits: sentences for the card's section of that name. Returns
+    `out_dir`.
     FileNotFoundError: no such source or table; ValueError: a folder that is no model, files without
-    rows or of one name, an ``out_dir`` that is not empty.
+    rows or of one name, an `out_dir` that is not empty.
     """
     sources = [Path(s) for s in ([source] if isinstance(source, str | Path) else source)]
     out_dir = Path(out_dir)
@@ -77,11 +77,11 @@ def save_for_hub(source, out_dir, *, name=None, license=None, language=None,
 
 
 def push_to_hub(source, repo_id, *, private=True, token=None, **card) -> str:
-    """Upload what ``save_for_hub(source, ..., **card)`` writes to ``repo_id``; returns its URL.
+    """Upload what `save_for_hub(source, ..., **card)` writes to `repo_id`; returns its URL.
 
-    The repository is made where it is not there: a model's or a data set's, by what ``source`` is.
+    The repository is made where it is not there: a model's or a data set's, by what `source` is.
     Weights or rows of an earlier upload that are not in this one are removed, since tools would
-    load them too. token: None takes that of ``hf auth login``. Errors are those of ``save_for_hub``
+    load them too. token: None takes that of `hf auth login`. Errors are those of `save_for_hub`
     and of huggingface_hub (no token, no right to write); ConnectionError where there is no network.
     """
     from huggingface_hub import HfApi
@@ -107,10 +107,10 @@ def push_to_hub(source, repo_id, *, private=True, token=None, **card) -> str:
 
 
 def scored_text(conversation, tokenizer) -> str:
-    """The text whose score a text-classification pipeline gives as ``preference.Scorer`` does, up
-    to ``config.score_mean``: the rendered conversation, ended by one eos, where scores are read
+    """The text whose score a text-classification pipeline gives as `preference.Scorer` does, up
+    to `config.score_mean`: the rendered conversation, ended by one eos, where scores are read
     (left to tokenizers that write it themselves). Where the text begins with bos, the pipeline
-    needs ``add_special_tokens=False``. ValueError as in ``dialogue.transcript``."""
+    needs `add_special_tokens=False`. ValueError as in `dialogue.transcript`."""
     text = render(conversation, tokenizer, add_generation_prompt=False).rstrip()
     closes = tokens.adds_special_tokens(text, tokenizer) and tokens.closes_texts(tokenizer)
     return text.removesuffix(tokenizer.eos_token) + ("" if closes else tokenizer.eos_token)
@@ -237,7 +237,7 @@ def _run_of(file):
 
 
 def main(arguments=None) -> None:
-    """The command line; ``--help`` lists its arguments."""
+    """The command line; `--help` lists its arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.export",
         description="Write a model or rows with their card to a folder, or push them to the hub.",

@@ -1,4 +1,4 @@
-"""``make bench`` on tiny sizes: every measurement runs, and its rows are kept beside others."""
+"""`make bench` on tiny sizes: every measurement runs, and its rows are kept beside others."""
 
 import csv
 import importlib.util

@@ -116,7 +116,7 @@ def dry_run_details(lab, profile="miniature"):
 
 
 def finished(lab, stamp):
-    """As after a run of everything that ended at time ``stamp``."""
+    """As after a run of everything that ended at time `stamp`."""
     for name in ALL:
         for ending in ("ipynb", "stamp.json"):
             path = lab / "runs" / "miniature" / "executed" / f"{name}.{ending}"

@@ -14,7 +14,7 @@ def check(rows, on_bad="raise"):
     and weight.
 
     Malformed: an empty answer, identical answers, no common prompt, a p_chosen outside 0..1, a
-    negative weight (``formats.trainable``). ``on_bad``: "raise" a ValueError that names the first
+    negative weight (`formats.trainable`). `on_bad`: "raise" a ValueError that names the first
     such row, or "skip" them and print how many, by reason.
     """
     if on_bad not in ("raise", "skip"):
@@ -39,14 +39,14 @@ def check(rows, on_bad="raise"):
 
 
 def mix(human_rows, ai_rows, seed=0, n=None, *, ai_share=0.5, balance="signal"):
-    """Human and AI comparisons in one shuffled list, balanced by a ``weight`` on each row (mean 1).
+    """Human and AI comparisons in one shuffled list, balanced by a `weight` on each row (mean 1).
 
-    n: total number of rows, drawn without replacement, ``ai_share`` of them from ``ai_rows``; None:
-    all rows of both. ``balance``: "signal" gives the AI rows ``ai_share`` of the summed
+    n: total number of rows, drawn without replacement, `ai_share` of them from `ai_rows`; None:
+    all rows of both. `balance`: "signal" gives the AI rows `ai_share` of the summed
     weight * |p_chosen - 1/2|, which is the size of the gradient at equal scores, so that hard
     labels do not outweigh soft ones near 1/2; "rows" gives them that share of the summed weight;
     "none" sets all weights to 1. A weight does not change a label's target probability, only how
-    much it counts. ValueError when a source is empty, or too small for ``n``.
+    much it counts. ValueError when a source is empty, or too small for `n`.
     """
     if balance not in ("signal", "rows", "none"):
         raise ValueError(f"balance={balance!r}: give 'signal', 'rows' or 'none'")
@@ -72,7 +72,7 @@ def mix(human_rows, ai_rows, seed=0, n=None, *, ai_share=0.5, balance="signal"):
 
 
 def balance_table(rows, by="source"):
-    """What each source (or ``by="axis"``) contributes to a mixed set.
+    """What each source (or `by="axis"`) contributes to a mixed set.
 
     -> DataFrame(by, n, weight: mean per row, strength: mean |2 p_chosen - 1|, signal: its share of
     the summed weight * strength).

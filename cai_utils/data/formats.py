@@ -14,7 +14,7 @@ import json
 import math
 import numbers
 import re
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +24,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict, get_type_hints, is_typeddict
 
 from cai_utils import dialogue
 
@@ -105,8 +105,10 @@ def _finite(value):
 
 
 Messages = Annotated[list, BeforeValidator(_as_prompt), AfterValidator(_ends_with_user)]
-Response = Annotated[list, BeforeValidator(_as_response)]  # one assistant message
-Options = Annotated[list[str], BeforeValidator(_decoded), Field(min_length=1)]  # as [" (A)"]
+Response = Annotated[
+    list, BeforeValidator(_as_response), Field(description="one assistant message or its text")]
+Options = Annotated[list[str], BeforeValidator(_decoded),
+                    Field(min_length=1, description='a list like [" (A)"]')]
 OrNone = BeforeValidator(lambda value: value or None)
 
 
@@ -133,7 +135,7 @@ class Comparison(TypedDict):
 class Question(TypedDict):
     """A multiple-choice question in the fields of the paper's evaluations."""
 
-    prompt: Annotated[str, Field(pattern=r"\S")]
+    prompt: Annotated[str, Field(pattern=r"\S", description="a text")]
     corrects: Options
     incorrects: Options
 
@@ -227,7 +229,7 @@ class Shots(TypedDict):
 
 class ConstitutionFile(TypedDict):
     __pydantic_config__ = _ENTRY
-    name: Text
+    name: Annotated[str, Field(pattern=r"\S")]
     critiques: NotRequired[list[CritiquePrinciple] | None]
     comparisons: NotRequired[list[ComparisonPrinciple] | None]
     few_shot: NotRequired[Shots | None]
@@ -247,13 +249,32 @@ def validate(kind, row, where, **context) -> dict:
     try:
         return {**row, **_adapter(kind).validate_python(row, context=context)}
     except ValidationError as error:
-        raise ValueError(f"{where}: {_fault(error, row)}") from None
+        raise ValueError(f"{where}: {_fault(kind, error, row)}") from None
 
 
-def _fault(error, data):
+def _fields(kind, path):
+    """{field: its type} of the entries at `path` inside a kind; {} where these have no fields."""
+    for part in path:
+        if isinstance(part, str):
+            kind = get_type_hints(kind).get(part)
+            while get_args(kind):  # NotRequired[list[Kind] | None] -> Kind
+                kind = get_args(kind)[0]
+    return get_type_hints(kind, include_extras=True) if is_typeddict(kind) else {}
+
+
+def _hint(kind, path, field):
+    """What a field wants to be, in brackets, where its type says so."""
+    wanted = _fields(kind, path).get(field)
+    found = [m.description for m in getattr(wanted, "__metadata__", ())
+             if getattr(m, "description", None)]
+    return f" ({found[0]})" if found else ""
+
+
+def _fault(kind, error, data):
     """The first fault of a ValidationError in one line."""
     first = error.errors(include_url=False)[0]
     *path, field = first["loc"] or ("",)
+    inside = list(path)
     place = ""
     for part in path:
         place += f"[{part}]" if isinstance(part, int) else f".{part}"
@@ -262,17 +283,19 @@ def _fault(error, data):
         place += f" (id {data['id']!r})"
     name = f"{place.lstrip('.')}[{field}]" if isinstance(field, int) else f"'{field}'"
     place = "" if isinstance(field, int) or not place else f"{place.lstrip('.')}: "
-    kind = first["type"]
-    if kind == "value_error":
+    fault = first["type"]
+    if fault == "value_error":
         return f"{place}{first['ctx']['error']}"
-    if kind in ("missing", "too_short", "string_pattern_mismatch"):
-        return f"{place}missing field {name}"
-    if kind == "extra_forbidden":
-        return f"{place}unknown field {name}"
-    what = {"list_type": "a list", "dict_type": "a mapping", "string_type": "a text",
+    if fault in ("missing", "too_short", "string_pattern_mismatch"):
+        return f"{place}missing field {name}{_hint(kind, inside, field)}"
+    if fault == "extra_forbidden":
+        return f"{place}unknown field {name}; known: {', '.join(_fields(kind, inside))}"
+    needed = [f for f, t in _fields(kind, [*inside, field]).items() if get_origin(t) != NotRequired]
+    what = {"list_type": "a list", "string_type": "a text",
+            "dict_type": "a mapping" + f" with {', '.join(needed)}" * bool(needed),
             "literal_error": first.get("ctx", {}).get("expected", "").replace("'", "")}
-    if kind in what:
-        return f"{place}{name} has to be {what[kind]}, not {first['input']!r}"
+    if fault in what:
+        return f"{place}{name} has to be {what[fault]}, not {first['input']!r}"
     return f"{place}{name} is {first['input']!r}: {first['msg']}"
 
 

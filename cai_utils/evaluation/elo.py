@@ -87,7 +87,7 @@ def _aggregate(outcomes):
         raise ValueError(f"outcomes: row {bad[0]} has wins_a = {wins[bad[0]]}; expected 0..1")
     if "axis" in table and table["axis"].nunique() > 1:
         axes = ", ".join(sorted(map(str, table["axis"].unique())))
-        raise ValueError(f"outcomes: several axes at once ({axes}); fit each by itself")
+        raise ValueError(f"outcomes: several axes at once ({axes}); fit each one alone")
     models = list(dict.fromkeys(itertools.chain(*zip(table["a"], table["b"]))))
     number = {model: i for i, model in enumerate(models)}
     a, b = table["a"].map(number).to_numpy(), table["b"].map(number).to_numpy()

@@ -3,7 +3,7 @@
 A node is (module, name): a function, a class as a whole, or a constant. Its edges are the names in
 its syntax tree, without docstrings and annotations of arguments, that lead to other definitions of
 the package. Two names are special: ALL is a module with everything in it (one that is passed around
-as an object, or imported with ``*``), RUN what a module does when it is imported.
+as an object, or imported with `*`), RUN what a module does when it is imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from cai_utils.experiment.files import PACKAGE
 
 ALL, RUN = "*", "import"
 # Where results go and how they are drawn, not what is in them: a change there makes nothing stale.
-OUTSIDE = re.compile(r"cai_utils\.(experiment|figures|__main__)(\.|$)")
+# Of experiment/ only what reads rows and takes parameters apart counts.
+OUTSIDE = re.compile(r"cai_utils\.(experiment(?!\.(files|params)\b)|figures|__main__)(\.|$)")
 # "cai_utils.miniature.judge" or "cai_utils.miniature.judge:judge", as code and params name them.
 NAME = re.compile(r"(cai_utils(?:\.\w+)+)(?::(\w+))?")
 
@@ -31,7 +32,7 @@ def ours(name: str) -> bool:
 
 
 def module_file(name: str, package: Path | None = None) -> Path | None:
-    """The source file of a module of this package, or None if ``name`` is none."""
+    """The source file of a module of this package, or None if `name` is none."""
     parts = name.split(".")
     base = (package or PACKAGE).joinpath(*parts[1:])
     files = (base.with_suffix(".py") if parts[1:] else base / "__init__.py", base / "__init__.py")
@@ -78,7 +79,7 @@ class Module:
 
     @functools.cache  # noqa: B019 (modules live as long as the process)
     def part(self, name: str) -> tuple[str, frozenset]:
-        """Text and ``references`` of a definition, of ALL, or of RUN."""
+        """Text and `references` of a definition, of ALL, or of RUN."""
         nodes = {ALL: self.statements, RUN: self.running}.get(name)
         nodes = self.definitions.get(name, []) if nodes is None else nodes
         texts = [ast.dump(node) for node in nodes]
@@ -182,12 +183,12 @@ def references(nodes, imports, definitions, package="") -> frozenset:
                 found.add(("", root.id))
         else:
             stack += ast.iter_child_nodes(node)
-    # A name of ``from x import *`` cannot be told apart: everything of x counts.
+    # A name of `from x import *` cannot be told apart: everything of x counts.
     return frozenset(found | {(m, ALL) for m, name in imports.values() if name == ALL})
 
 
 class Graph:
-    """The package as it is on disk now: ``reached(starts)`` follows every reference."""
+    """The package as it is on disk now: `reached(starts)` follows every reference."""
 
     def __init__(self, package: Path | None = None):
         self.folder, self.modules = package or PACKAGE, {}
@@ -224,7 +225,7 @@ class Graph:
         return module, ALL
 
     def reached(self, starts) -> dict[tuple[str, str], str]:
-        """{(module, name): text} of all that ``starts``, chains as in ``references``, lead to."""
+        """{(module, name): text} of all that `starts`, chains as in `references`, lead to."""
         found, waiting = {}, list(starts)
         while waiting:
             module, name = self.follow(*waiting.pop())
@@ -253,7 +254,7 @@ def plain_python(source: str) -> str:
 
 
 def of_source(source: str) -> list[tuple]:
-    """What Python ``source`` (the code cells of a notebook) uses of the package."""
+    """What Python `source` (the code cells of a notebook) uses of the package."""
     try:
         module = Module(plain_python(source))
     except SyntaxError:  # left to the notebook to report

@@ -67,9 +67,9 @@ def write_rows(path, rows) -> None:
 
 
 def repo_root() -> Path:
-    """The root of the repository: ``CAI_ROOT``, or found by walking up from the working folder.
+    """The root of the repository: `CAI_ROOT`, or found by walking up from the working folder.
 
-    Raises FileNotFoundError when there is none (``CAI_ROOT`` names no folder, or cai_utils is
+    Raises FileNotFoundError when there is none (`CAI_ROOT` names no folder, or cai_utils is
     installed somewhere else and the working folder is outside the repository).
     """
     named = os.environ.get("CAI_ROOT")
@@ -89,7 +89,7 @@ def repo_root() -> Path:
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary path beside ``path``; on success it takes the place of ``path``.
+    """Yield a temporary path beside `path`; on success it takes the place of `path`.
 
     A reader sees the old file or the new one, never a part, even when the writer is killed.
     """
@@ -105,7 +105,7 @@ def atomic(path):
 
 
 def write_json(path, value) -> None:
-    """Write ``value`` as indented JSON, atomically; what JSON does not know becomes its str."""
+    """Write `value` as indented JSON, atomically; what JSON does not know becomes its str."""
     with atomic(path) as temporary:
         text = json.dumps(value, indent=1, default=str, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -123,7 +123,7 @@ def read_json(path) -> dict:
 def save_figure(figure, folder, name: str, rc: dict | None = None) -> Path:
     """Write <name>.png (200 dpi) and .pdf of a matplotlib figure; the path of the PNG.
 
-    No date and no program name inside: the same table gives the same bytes. ``rc``: matplotlib's
+    No date and no program name inside: the same table gives the same bytes. `rc`: matplotlib's
     rc parameters of a user's style.
     """
     import matplotlib

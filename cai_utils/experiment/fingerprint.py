@@ -38,7 +38,7 @@ def file_digest(path) -> str:
 
 
 def canonical(value, name="key"):
-    """``value`` as JSON that is equal exactly when the values are.
+    """`value` as JSON that is equal exactly when the values are.
 
     Paths stand for the *content* behind them, dataclasses for their fields, modules and functions
     for their code. Raises ValueError for anything else, naming the part of the key.
@@ -69,7 +69,7 @@ def canonical(value, name="key"):
 
 
 def digest(value) -> str:
-    """sha256 of ``canonical(value)``."""
+    """sha256 of `canonical(value)`."""
     return _sha256(canonical(value))
 
 
@@ -89,12 +89,12 @@ def notebook_cells(path, parameters: bool = True) -> list[str]:
 
 
 def reached_by(*sources: str, text: str = "") -> dict[tuple[str, str], str]:
-    """{(module, name): syntax tree} of what Python ``sources`` use or ``text`` names."""
+    """{(module, name): syntax tree} of what Python `sources` use or `text` names."""
     return Graph(PACKAGE).reached([*named_in(text), *(c for s in sources for c in of_source(s))])
 
 
 def modules_of(*sources: str, text: str = "") -> list[Path]:
-    """Files of cai_utils behind ``reached_by``: when one of them is newer, a run may be stale."""
+    """Files of cai_utils behind `reached_by`: when one of them is newer, a run may be stale."""
     names = {module for module, _ in reached_by(*sources, text=text)}
     return sorted(module_file(name, PACKAGE) for name in names)
 
@@ -183,8 +183,8 @@ def _constant(value) -> str:
 
 
 def code_digest(function) -> str:
-    """Fingerprint of what ``function`` does: its bytecode, and every definition of cai_utils that
-    it reaches (``dependencies``).
+    """Fingerprint of what `function` does: its bytecode, and every definition of cai_utils that
+    it reaches (`dependencies`).
 
     Definitions count by their syntax tree without docstrings, so that comments, layout and their
     order change nothing. Values that the function reads from its surroundings do not count: those
@@ -198,9 +198,9 @@ def code_digest(function) -> str:
 
 def notebook_code(path, params: dict, text: str = "") -> dict[str, str]:
     """{what: sha256} of what a notebook does with these parameters: its code cells ("cells"), and
-    each definition ("module.name") that they, the parameters or ``text`` lead to.
+    each definition ("module.name") that they, the parameters or `text` lead to.
 
-    Prose and comments do not count, nor does the parameters cell, whose values are ``params``.
+    Prose and comments do not count, nor does the parameters cell, whose values are `params`.
     """
     source = "\n".join(notebook_cells(path, parameters=False))
     found = reached_by(source, text=f"{text} {json.dumps(params, default=str)}")

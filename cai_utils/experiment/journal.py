@@ -1,7 +1,7 @@
 """Progress of long work, and a journal of finished samples from which a killed run resumes.
 
-A sampler reports to ``progress`` and hands finished samples to the journal of ``pick_up``, so every
-stage that samples (responses, chains, labels) resumes without code of its own: ``Run.rows`` opens a
+A sampler reports to `progress` and hands finished samples to the journal of `pick_up`, so every
+stage that samples (responses, chains, labels) resumes without code of its own: `Run.rows` opens a
 journal beside its file, and a second run of the same code on the same key finds there what is
 finished and samples only the rest.
 """
@@ -24,7 +24,7 @@ _active: ContextVar[Journal | None] = ContextVar("journal", default=None)
 
 
 def progress(total, unit, show=None, done=0):
-    """A context manager with ``update(n)`` that shows how many of ``total`` are done, rate, time
+    """A context manager with `update(n)` that shows how many of `total` are done, rate, time
     left.
 
     done: finished before, so not part of the rate. show: True is a bar, False nothing; None a bar
@@ -38,7 +38,7 @@ def progress(total, unit, show=None, done=0):
 
 
 def _interactive():
-    """Whether somebody watches; a notebook that the batch runs has a name from ``execute``."""
+    """Whether somebody watches; a notebook that the batch runs has a name from `execute`."""
     in_notebook = "ipykernel" in sys.modules and "CAI_RUN_NAME" not in os.environ
     return in_notebook or sys.stderr.isatty()
 
@@ -66,7 +66,7 @@ class _Lines:
 
 
 class Journal:
-    """Finished samples in a file of JSON lines: a header, then ``[key, value]`` each.
+    """Finished samples in a file of JSON lines: a header, then `[key, value]` each.
 
     A file with another header belongs to other work and is overwritten. A last line without its end
     (the process was killed while it wrote) is cut off; a line that is not JSON is ignored.
@@ -130,8 +130,8 @@ def _lock(file):
 
 @contextlib.contextmanager
 def recording(path, header):
-    """Inside, samplers write what they finish to the ``Journal`` at ``path`` and reuse what it
-    holds. The file stays when the work fails or is killed; ``remove`` it when it is done.
+    """Inside, samplers write what they finish to the `Journal` at `path` and reuse what it
+    holds. The file stays when the work fails or is killed; `remove` it when it is done.
 
     header: what the work depends on, JSON; a file with another header is overwritten.
     """
@@ -148,8 +148,8 @@ def pick_up(source, jobs, describe, put):
     """The jobs that the active journal does not hold yet, and how to store them: (jobs, keep).
 
     source: JSON that identifies a model which does not change, or None: then nothing is stored.
-    describe: job -> JSON of all that decides its result. ``put(job, value)`` is called at once for
-    jobs in the journal; ``keep(jobs, values)`` stores values (JSON) and calls ``put`` for them.
+    describe: job -> JSON of all that decides its result. `put(job, value)` is called at once for
+    jobs in the journal; `keep(jobs, values)` stores values (JSON) and calls `put` for them.
     """
     journal = _active.get() if source is not None else None
 

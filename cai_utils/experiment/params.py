@@ -1,6 +1,6 @@
 """Parameters: the values in a notebook's parameters cell, and what a profile changes of them.
 
-``params/<profile>/_common.yaml`` is for every notebook of a profile, ``<notebook>.yaml`` for one,
+`params/<profile>/_common.yaml` is for every notebook of a profile, `<notebook>.yaml` for one,
 and the command line for one run. Only names that the notebook declares are allowed.
 """
 
@@ -65,13 +65,13 @@ NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def profiles(root) -> list[str]:
-    """Names of the folders of ``params/``; params/accelerate/ is not a profile."""
+    """Names of the folders of `params/`; params/accelerate/ is not a profile."""
     found = (p.name for p in (Path(root) / "params").glob("*") if p.is_dir())
     return sorted(name for name in found if name != "accelerate")
 
 
 def notebooks(root) -> list[str]:
-    """Names (without .ipynb) of the notebooks in ``notebooks/``."""
+    """Names (without .ipynb) of the notebooks in `notebooks/`."""
     return sorted(p.stem for p in (Path(root) / "notebooks").glob("*.ipynb"))
 
 
@@ -82,7 +82,7 @@ def _unknown(kind: str, name: str, known: list[str]) -> ValueError:
 
 
 def check_profile(root, profile: str) -> str:
-    """``profile`` itself; ValueError listing the known ones when there is no such folder."""
+    """`profile` itself; ValueError listing the known ones when there is no such folder."""
     if profile not in profiles(root):
         raise _unknown("profile", str(profile), profiles(root))
     return profile
@@ -117,9 +117,9 @@ def _as_yaml_float(text: str) -> str:
 
 
 def parse_override(text: str) -> tuple[str, object]:
-    """``"lr=1e-4"`` -> ``("lr", 0.0001)``; the value is YAML, and 1e-4 is a number here.
+    """`"lr=1e-4"` -> `("lr", 0.0001)`; the value is YAML, and 1e-4 is a number here.
 
-    The name may lead into a parameter that is a dict: ``settings.ppo.lr=1e-4``.
+    The name may lead into a parameter that is a dict: `settings.ppo.lr=1e-4`.
     """
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[\w-]+)*", name):
@@ -133,7 +133,7 @@ def parse_override(text: str) -> tuple[str, object]:
 
 
 def _with_entry(name: str, value, path: list[str], entry):
-    """A copy of the dict ``value`` in which ``path`` leads to ``entry``."""
+    """A copy of the dict `value` in which `path` leads to `entry`."""
     if not path:
         return entry
     if value is not None and not isinstance(value, dict):
@@ -146,7 +146,7 @@ def _with_entry(name: str, value, path: list[str], entry):
 
 
 def defaults(notebook_path) -> dict:
-    """{name: value} of the notebook's cell tagged ``parameters``; None for a value that is not a
+    """{name: value} of the notebook's cell tagged `parameters`; None for a value that is not a
     literal.
 
     Read from the syntax tree, as papermill's own inspection misses some values over several lines.
@@ -171,13 +171,13 @@ def _assigned(source: str) -> dict:
 
 
 def declared(notebook_path) -> list[str]:
-    """Names that the notebook's cell tagged ``parameters`` assigns."""
+    """Names that the notebook's cell tagged `parameters` assigns."""
     return list(defaults(notebook_path))
 
 
 def from_namespace(root, notebook: str, namespace) -> dict:
     """The parameters of a notebook: what its parameters cell declares, as it stands in
-    ``namespace`` (the notebook's ``globals()``, or a dict of parameters alone).
+    `namespace` (the notebook's `globals()`, or a dict of parameters alone).
 
     ValueError, with the nearest names, for a parameter that the notebook does not declare: in a
     dict, or in the cell that papermill adds. Where there is no such notebook, all of it is taken.
@@ -206,13 +206,13 @@ def _injected() -> list[str]:
 
 
 def known_sizes(common: dict) -> list[str] | None:
-    """Sizes of a profile: ``series`` of its _common.yaml, or else its ``sizes``; None: any."""
+    """Sizes of a profile: `series` of its _common.yaml, or else its `sizes`; None: any."""
     sizes = common.get("series", common.get("sizes"))
     return None if sizes is None else [str(s) for s in sizes]
 
 
 def check_sizes(root, params: dict, where: str = "") -> None:
-    """ValueError when ``size`` or an item of ``sizes`` is not one of the profile's."""
+    """ValueError when `size` or an item of `sizes` is not one of the profile's."""
     common = Path(root) / "params" / params["profile"] / "_common.yaml"
     known = known_sizes(read_params(common))
     asked = params.get("sizes") or []
@@ -225,9 +225,9 @@ def check_sizes(root, params: dict, where: str = "") -> None:
 
 
 def merge_params(root, notebook: str, profile: str, overrides: dict | None = None) -> dict:
-    """What a notebook gets: _common.yaml, then its own YAML, then ``overrides``.
+    """What a notebook gets: _common.yaml, then its own YAML, then `overrides`.
 
-    An override ``a.b`` sets one entry of the dict ``a``, which otherwise stays as the profile (or
+    An override `a.b` sets one entry of the dict `a`, which otherwise stays as the profile (or
     else the notebook) has it. Common values reach a notebook only if it declares them; a value of
     its own YAML or an override that it does not declare is a ValueError, since it would silently do
     nothing.
@@ -261,6 +261,6 @@ def merge_params(root, notebook: str, profile: str, overrides: dict | None = Non
 
 
 def all_params(root, notebook: str, profile: str, overrides: dict | None = None) -> dict:
-    """Every parameter of a notebook with its value: ``merge_params`` over the notebook's own."""
+    """Every parameter of a notebook with its value: `merge_params` over the notebook's own."""
     merged = merge_params(root, notebook, profile, overrides)
     return {**defaults(Path(root) / "notebooks" / f"{notebook}.ipynb"), **merged}

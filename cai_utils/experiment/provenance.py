@@ -15,9 +15,10 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
 
 
 def git_state(root) -> dict:
-    """``{"commit": sha or None, "dirty": bool or None}`` of the clone at ``root``.
+    """`{"commit": sha or None, "dirty": bool or None}` of the clone at `root`.
 
-    dirty: a tracked file differs from the commit. None where there is no git, or no repository.
+    dirty: a tracked file differs from the commit, those of `figures/` apart, which `make publish`
+    writes. None where there is no git, or no repository.
     """
 
     def git(*arguments):
@@ -28,7 +29,8 @@ def git_state(root) -> dict:
 
     try:
         commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--",
+                      ":(exclude)figures")
     except (OSError, subprocess.TimeoutExpired):
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": None if changed is None else bool(changed)}

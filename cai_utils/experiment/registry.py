@@ -1,7 +1,7 @@
 """The policies of the lab, and who makes what: the one place that says so.
 
 Snakefile, notebooks 07, 09 and 10, figures, gallery and the cost table read it. A new RL method is
-one row in ``POLICIES`` and one training function.
+one row in `POLICIES` and one training function.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Policy:
     """One policy: how it is made, and how figures show it.
 
     start: the policy that training begins from (None: nothing trains it here). reward: what it
-    learns from, the folder name of a PM below models/, or ``data/NAME`` for rows of comparisons
-    (None: no RL). trainer: the module of ``cai_utils.rl`` whose ``train`` makes it. notebook: the
+    learns from, the folder name of a PM below models/, or `data/NAME` for rows of comparisons
+    (None: no RL). trainer: the module of `cai_utils.rl` whose `train` makes it. notebook: the
     one that makes it. color (hex) and marker (matplotlib's) are the same in every figure.
     """
 
@@ -53,7 +53,7 @@ POLICIES = {
     )
 }  # fmt: skip
 
-# What else a notebook hands on: the folder of a model, or the name of a file of rows in data/.
+# What else later notebooks read: the folder of a model, or the name of a file of rows in data/.
 MADE_BY = {
     "pm_helpful": "02_preference_models", "pm_harmless": "02_preference_models",
     "pm_hh": "02_preference_models",

@@ -8,7 +8,7 @@ In a notebook, after its parameters cell::
     run.figure(draw("fig05_revisions", run.dir / "results"), "fig05_revisions")
     run.finish()
 
-In the batch: ``python -m cai_utils run 04_revision_iterations --profile miniature seed=1``.
+In the batch: `python -m cai_utils run 04_revision_iterations --profile miniature seed=1`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from cai_utils.experiment.params import check_profile, check_sizes, from_namespa
 class Run:
     """One notebook on one profile: its folders, its results and their provenance.
 
-    ``profile``, ``notebook``, ``params``, ``seed``; ``root`` (the repository), ``dir``
-    (runs/<profile>), ``provenance`` (dict, see provenance.describe). ``read`` and ``made`` hold
-    the sha256 of what it took from other runs and of what it hands on, by path below ``dir``.
+    `profile`, `notebook`, `params`, `seed`; `root` (the repository), `dir`
+    (runs/<profile>), `provenance` (dict, see provenance.describe). `read` and `made` hold
+    the sha256 of what it took from other runs and of what it hands on, by path below `dir`.
     """
 
     def __init__(self, notebook: str, params: dict):
@@ -46,7 +46,7 @@ class Run:
     # -- places
 
     def data(self, name: str) -> Path:
-        """runs/<profile>/data/<name>, with ``.jsonl`` added where ``name`` has no suffix."""
+        """runs/<profile>/data/<name>, with `.jsonl` added where `name` has no suffix."""
         known = (".jsonl", ".json", ".gz", ".csv", ".parquet", ".txt", ".npz")
         return self.dir / "data" / (name if name.endswith(known) else f"{name}.jsonl")
 
@@ -55,7 +55,7 @@ class Run:
         return self.dir / "models" / name / str(size)
 
     def need(self, path, made_by: str) -> Path:
-        """``path`` (relative ones: under runs/<profile>), which notebook ``made_by`` makes.
+        """`path` (relative ones: under runs/<profile>), which notebook `made_by` makes.
 
         made_by may name the parameters, too: "09_rl method=rl_cai size=s". Raises
         FileNotFoundError that says how to make it when it is missing or an empty folder.
@@ -79,13 +79,13 @@ class Run:
     # -- results
 
     def rows(self, name: str, make, **key) -> list[dict]:
-        """Rows of data/<name>.jsonl if they were made with the same key, else ``make()``'s, saved.
+        """Rows of data/<name>.jsonl if they were made with the same key, else `make()`'s, saved.
 
-        ``key`` holds everything that ``make`` depends on apart from the code of cai_utils and its
+        `key` holds everything that `make` depends on apart from the code of cai_utils and its
         own, which count by themselves: parameters, names, and a Path for each file or model folder
         that it reads (its content counts). ValueError for a value without a fingerprint.
 
-        What ``make`` samples is kept in <name>.jsonl.partial as it comes, and taken up from there
+        What `make` samples is kept in <name>.jsonl.partial as it comes, and taken up from there
         after a kill or an error, as long as key and code are the same.
         """
         from cai_utils.experiment import journal
@@ -104,7 +104,7 @@ class Run:
         before = time.time()
         with journal.recording(path.with_name(f"{path.name}.partial"), new) as journal:
             if journal.found:
-                print(f"{path.name}: {len(journal.found)} samples of an earlier run taken up")
+                print(f"{path.name}: {len(journal.found)} samples of an earlier run are reused")
             rows = list(make())
         # Without its sidecar a file counts as not made, so a kill between the two costs no more
         # than making it again.
@@ -119,7 +119,7 @@ class Run:
         return read_rows(path)
 
     def table(self, df, name: str) -> Path:
-        """Write ``df`` (DataFrame or list of rows) to results/<name>.csv, its provenance beside."""
+        """Write `df` (DataFrame or list of rows) to results/<name>.csv, its provenance beside."""
         import pandas
 
         path = self.dir / "results" / f"{name}.csv"
@@ -182,7 +182,7 @@ class Run:
                 print(f"W&B is off from here on: {error}")
 
     def finish(self) -> None:
-        """Write executed/<name>.provenance.json, with ``read`` and ``made``, and close W&B."""
+        """Write executed/<name>.provenance.json, with `read` and `made`, and close W&B."""
         name = os.environ.get("CAI_RUN_NAME", self.notebook)
         record = {**self._now(), "read": self.read, "made": self.made}
         write_json(self.dir / "executed" / f"{name}.provenance.json", record)
@@ -202,10 +202,10 @@ class Run:
 
 
 def start(notebook: str, namespace) -> Run:
-    """Begin ``notebook`` with the values of its parameters cell in ``namespace``, its
-    ``globals()``: folders, provenance, W&B (offline by default).
+    """Begin `notebook` with the values of its parameters cell in `namespace`, its
+    `globals()`: folders, provenance, W&B (offline by default).
 
-    namespace may be a dict of parameters, as in tests (``params.from_namespace``). Raises
+    namespace may be a dict of parameters, as in tests (`params.from_namespace`). Raises
     ValueError for an unknown parameter, profile or size, naming the nearest or the known ones.
     """
     if not namespace.get("profile"):

@@ -1,7 +1,7 @@
 """Whether a run of a notebook would make again what is there, judged by contents.
 
 Beside runs/<profile>/executed/<name>.ipynb stands <name>.stamp.json: digests of all that decided
-the run, of what it read from other runs, and of what it made. ``git checkout`` and ``touch`` change
+the run, of what it read from other runs, and of what it made. `git checkout` and `touch` change
 none of them, an edit of a docstring or of a plot neither.
 """
 
@@ -16,12 +16,15 @@ from cai_utils.experiment.params import all_params
 
 
 def ingredients(root, notebook: str, profile: str, overrides: dict | None = None) -> dict:
-    """What decides a run apart from other runs: {"params", "code", "files"}, each {name: value}."""
+    """What decides a run apart from what it reads: {"params", "code", "files", "policies"}, each
+    {name: value}."""
     root = Path(root)
     params = all_params(root, notebook, profile, overrides)
+    named = [params.get("method"), *(params.get("methods") or ()), *(params.get("baselines") or ())]
+    policies = [registry.POLICIES[name] for name in named if name in registry.POLICIES]
     # A trainer is found by its name at run time.
-    trained = params.get("method") in registry.methods()
-    trainer = f"cai_utils.rl.{registry.method(params['method']).trainer}:train" if trained else ""
+    own = next((p for p in policies if p.name == params.get("method") and p.trainer), None)
+    trainer = f"cai_utils.rl.{own.trainer}:train" if own else ""
     code = fingerprint.notebook_code(root / "notebooks" / f"{notebook}.ipynb", params, trainer)
     files = []
     if any(name.startswith("cai_utils.constitution.") for name in code):
@@ -35,12 +38,13 @@ def ingredients(root, notebook: str, profile: str, overrides: dict | None = None
         "params": {name: fingerprint.canonical(value, name) for name, value in params.items()},
         "code": code,
         "files": {path.name: fingerprint.file_digest(path) for path in sorted(files)},
+        "policies": {p.name: [p.label, p.notebook, p.start, p.reward, p.trainer] for p in policies},
     }
 
 
 def changes(folder: Path, name: str, now: dict) -> list[str]:
-    """What is not as it was when run ``name`` ended: [] where running it again would change
-    nothing. folder: runs/<profile>; now: ``ingredients``."""
+    """What is not as it was when run `name` ended: [] where running it again would change
+    nothing. folder: runs/<profile>; now: `ingredients`."""
     old = read_json(folder / "executed" / f"{name}.stamp.json")
     if not old or not (folder / "executed" / f"{name}.ipynb").is_file():
         return ["no record of an earlier run"]
@@ -54,7 +58,7 @@ def changes(folder: Path, name: str, now: dict) -> list[str]:
 
 
 def write(folder: Path, name: str, now: dict) -> None:
-    """Note what decided run ``name``, which has ended, with what ``Run.finish`` recorded of it."""
+    """Note what decided run `name`, which has ended, with what `Run.finish` recorded of it."""
     executed = folder / "executed"
     record = read_json(executed / f"{name}.provenance.json")
     handed = {kind: record.get(kind, {}) for kind in ("read", "made")}

@@ -14,8 +14,8 @@ class Completion:
     text: decoded without special tokens, without the stop string and what follows it.
     token_ids, logprobs: every sampled token, the eos and those of the stop string included. The
     log-probability (nats) is that of the token under the temperature-scaled distribution before
-    ``top_p``; at temperature 0 under the unscaled one.
-    finish_reason: "eos", "stop" (a stop string) or "length" (``max_new_tokens``, or the end of the
+    `top_p`; at temperature 0 under the unscaled one.
+    finish_reason: "eos", "stop" (a stop string) or "length" (`max_new_tokens`, or the end of the
     model's context).
     """
 
@@ -26,7 +26,7 @@ class Completion:
 
 
 def check_settings(n, temperature, top_p, max_new_tokens):
-    """ValueError for settings of ``generate`` outside their range."""
+    """ValueError for settings of `generate` outside their range."""
     if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}:"

@@ -1,6 +1,6 @@
 """Requests to an OpenAI-compatible server, with retries.
 
-The key, where a server wants one, is read from the environment variable ``CAI_API_KEY`` when a
+The key, where a server wants one, is read from the environment variable `CAI_API_KEY` when a
 request is sent. It is in no attribute, log or message, which the official `openai` client cannot
 promise (LOG.md, 2026-11-27, has what else keeps this module from being that client).
 """
@@ -47,7 +47,7 @@ class Endpoint:
         429, 5xx, a timeout, a dropped connection and a truncated answer. halt: an Event that ends
         the retries.
 
-        ValueError for a request that is refused; ConnectionError after ``tries``.
+        ValueError for a request that is refused; ConnectionError after `tries`.
         """
         tries = tries or self.tries
         self._reach()

@@ -1,8 +1,8 @@
-"""Prefill, decoding and scoring of one batch of token ids, for ``sampling.py``.
+"""Prefill, decoding and scoring of one batch of token ids, for `sampling.py`.
 
 Everything here works on prompts as lists of ids. A batch is padded on the left, so that its newest
 tokens share a column of the key/value cache, which is allocated once per batch (a large one on a
-CPU: a few columns ahead, see ``kvcache.room``).
+CPU: a few columns ahead, see `kvcache.room`).
 
 A prefix that many prompts of a call share (few-shot examples) is computed once, and its keys and
 values are copied into the rows before the rest of each prompt is computed. This needs no special
@@ -68,11 +68,11 @@ class Engine:
         self._accepts = set(inspect.signature(inner.forward).parameters)
 
     def decode(self, prompts, limits, uniforms, temperature, top_p, ends, may_stop, cut):
-        """Samples one continuation of each of B prompts, up to ``limits[b]`` tokens.
+        """Samples one continuation of each of B prompts, up to `limits[b]` tokens.
 
         uniforms: (B, max limit) in [0, 1), None at temperature 0. ends: (V,) bool, tokens that end
         a row. may_stop: (V,) bool or None, tokens that may complete a stop string; after one of
-        them ``cut(ids)`` returns the text up to the stop string, or None where there is none.
+        them `cut(ids)` returns the text up to the stop string, or None where there is none.
         Returns the ids and the log-probabilities (nats) of each row, B lists each, and {row: text}
         of the rows that were cut. ValueError for logits that are not finite.
         """
@@ -164,7 +164,7 @@ class Engine:
         return np.split(total.cpu().numpy(), bounds)
 
     def _prefill(self, prompts, extra):
-        """Prompts -> last logits (B, V), the cache with room for ``extra`` tokens (None without),
+        """Prompts -> last logits (B, V), the cache with room for `extra` tokens (None without),
         and each row's padding (B,). Equal prompts are computed once and copied.
         """
         device = self.model.device
@@ -199,7 +199,7 @@ class Engine:
         return logits, whole, pad
 
     def _part_size(self, longest, shared):
-        """How many prompts of ``longest`` tokens are prefilled at once, the first ``shared`` tokens
+        """How many prompts of `longest` tokens are prefilled at once, the first `shared` tokens
         being in the cache."""
         tokens = self.batch_tokens if self.model.device.type != "cpu" else _PREFILL_TOKENS
         fed = longest - shared
@@ -254,7 +254,7 @@ class Engine:
         return position if self.context is None else position.clamp(max=self.context - 1)
 
     def _mask(self, pad, past, new):
-        """The mask of ``new`` queries after ``past`` cached columns, the first ``pad`` of a row
+        """The mask of `new` queries after `past` cached columns, the first `pad` of a row
         being padding: additive (B, 1, new, past + new), or 0/1 (B, past + new) where the model has
         to build the additive one itself."""
         column = torch.arange(past + new, device=pad.device)
@@ -267,7 +267,7 @@ class Engine:
         return mask.masked_fill_(padding[:, None, None] | later, lowest)
 
     def _forward(self, ids, position, mask, cache, keep):
-        """Logits (B, keep, V) of the last ``keep`` positions."""
+        """Logits (B, keep, V) of the last `keep` positions."""
         extra = {"position_ids": position, "logits_to_keep": keep}
         extra = {k: v for k, v in extra.items() if k in self._accepts}
         out = self.model(
@@ -298,7 +298,7 @@ def _pick(logits, temperature, top_p, uniforms):
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """Inside, ``model`` is in eval mode and no gradients are kept; each module that was in train
+    """Inside, `model` is in eval mode and no gradients are kept; each module that was in train
     mode goes back to it."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -17,7 +17,7 @@ _LARGE = 2**25  # bytes: about a CPU's last-level cache
 class Layer(CacheLayerMixin):
     """Keys and values of one layer, (rows, heads, columns, head size); it grows when it is full.
 
-    ``length`` is the number of columns in use, of those that are allocated.
+    `length` is the number of columns in use, of those that are allocated.
     """
 
     is_sliding = False
@@ -45,8 +45,8 @@ class Layer(CacheLayerMixin):
             setattr(self, name, new)
 
     def start_from(self, prefix, column, capacity):
-        """Fills every row with the columns ``column`` (rows, length) of a prefix's layer, which has
-        one row; ``capacity`` columns are allocated."""
+        """Fills every row with the columns `column` (rows, length) of a prefix's layer, which has
+        one row; `capacity` columns are allocated."""
         for name in ("keys", "values"):
             old = getattr(prefix, name)[0]
             new = old.new_empty(len(column), old.shape[0], capacity, old.shape[2])
@@ -55,7 +55,7 @@ class Layer(CacheLayerMixin):
         self.length = column.shape[1]
 
     def gather(self, parts, rows, width, capacity):
-        """Fills this layer, right-aligned at ``width``, from prefilled ones, which are emptied:
+        """Fills this layer, right-aligned at `width`, from prefilled ones, which are emptied:
         parts of (rows here, rows there, layer). Columns to the left are set to zero, since a NaN
         would spread even if it is masked."""
         for name in ("keys", "values"):
@@ -80,7 +80,7 @@ class Layer(CacheLayerMixin):
             setattr(self, name, new)
 
     def lazy_initialization(self, keys, values):
-        """Nothing to do: ``update`` and ``gather`` allocate."""
+        """Nothing to do: `update` and `gather` allocate."""
 
     def get_mask_sizes(self, query_length):
         return self.length + query_length, 0
@@ -128,7 +128,7 @@ def shared_prefixes(prompts):
 
 
 def room(steps, size, device):
-    """Columns to allocate ahead for ``steps`` more tokens; ``size``: bytes of the full cache.
+    """Columns to allocate ahead for `steps` more tokens; `size`: bytes of the full cache.
 
     All of them, except where the cache is larger than a CPU's own caches: there a step is bound by
     reading keys and values, and free columns between one head's and the next make that 2.2 times

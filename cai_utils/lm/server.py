@@ -1,8 +1,8 @@
 """Sampling and scoring on an OpenAI-compatible server: vLLM, SGLang, llama.cpp, transformers serve.
 
-``server:http://host:port/v1#model`` is a model spec like others. Every completion is a request of
+`server:http://host:port/v1#model` is a model spec like others. Every completion is a request of
 its own, with a seed derived from (seed, input, sample): answers may come in any order, and a failed
-request is repeated without duplicates. ``endpoint.py`` sends the requests; the key is read from the
+request is repeated without duplicates. `endpoint.py` sends the requests; the key is read from the
 environment alone.
 """
 
@@ -34,12 +34,12 @@ _TAIL = 24  # characters of a text by which its end is found among a server's to
 
 
 class Server:
-    """One model on one server, with the ``generate`` and ``choice_logprobs`` of a ``Sampler``.
+    """One model on one server, with the `generate` and `choice_logprobs` of a `Sampler`.
 
     tokenizer: the model's own. With it a conversation is rendered here and sent as text, as for a
     local model. Without one the server renders it if it has a chat template, else it is the paper's
-    transcript; an assistant turn with a given beginning, as in ``feedback``, needs a tokenizer for
-    chat models. concurrency: requests sent at once. options: of ``endpoint.Endpoint``.
+    transcript; an assistant turn with a given beginning, as in `feedback`, needs a tokenizer for
+    chat models. concurrency: requests sent at once. options: of `endpoint.Endpoint`.
     """
 
     context = None  # known to the server alone
@@ -53,8 +53,8 @@ class Server:
 
     @classmethod
     def from_spec(cls, spec, **options):
-        """``server:URL#model``, with ``;tokenizer=SPEC`` behind it where conversations are to be
-        rendered here (SPEC as in ``models.resolve``; taken by itself where the model's name is a
+        """`server:URL#model`, with `;tokenizer=SPEC` behind it where conversations are to be
+        rendered here (SPEC as in `models.resolve`; taken by itself where the model's name is a
         local folder). ValueError for another form, and for a URL that holds a key."""
         url, _, rest = str(spec).removeprefix("server:").partition("#")
         model, _, named = rest.partition(";tokenizer=")
@@ -81,8 +81,8 @@ class Server:
         self, inputs, *, n=1, temperature=1.0, top_p=1.0, max_new_tokens=128, stop=(), seed=0,
         progress=None,
     ):  # fmt: skip
-        """As ``Sampler.generate``, except: ``token_ids`` are empty, since servers return text;
-        ``logprobs`` are the server's, empty where it returns none; "eos" and "stop" are
+        """As `Sampler.generate`, except: `token_ids` are empty, since servers return text;
+        `logprobs` are the server's, empty where it returns none; "eos" and "stop" are
         distinguished as far as the server does. The same seed gives the same text if the server
         honours seeds.
 
@@ -121,8 +121,8 @@ class Server:
         return out
 
     def choice_logprobs(self, texts, choices, progress=None):
-        """As ``Sampler.choice_logprobs``, from the log-probabilities that the server returns for
-        a prompt's tokens (``echo`` with ``logprobs``, or ``prompt_logprobs``).
+        """As `Sampler.choice_logprobs`, from the log-probabilities that the server returns for
+        a prompt's tokens (`echo` with `logprobs`, or `prompt_logprobs`).
 
         ValueError also for a server that returns none, and where its vocabulary merges the end of
         a text with the choice.

@@ -1,6 +1,6 @@
 """From conversations and texts to token ids: the one way for sampling, choices, SFT, PMs and PPO.
 
-``text_ids`` decides whether a tokenizer adds its special tokens to a text, and every other function
+`text_ids` decides whether a tokenizer adds its special tokens to a text, and every other function
 here and in the package goes through it, so that a model is trained on the ids that it is sampled
 with.
 """
@@ -48,7 +48,7 @@ def text_ids(texts, tokenizer) -> list[list[int]]:
 
 
 def continuation_ids(texts, prompts, continuations, tokenizer) -> list[list[int]]:
-    """The ids of what follows each of N texts, whose ids are ``prompts``.
+    """The ids of what follows each of N texts, whose ids are `prompts`.
 
     They are those after the text's in the tokenisation of both together; where that merges tokens
     across the boundary, those of the continuation alone, since a sampler continues from exactly the
@@ -75,7 +75,7 @@ def without_bos(text, tokenizer) -> str:
 
 def prompt_ids_of(prompts, tokenizer, model, max_new_tokens):
     """Prompts (messages) -> token ids, as the sampler makes them; ValueError names one that with
-    ``max_new_tokens`` more exceeds the positions of ``model``."""
+    `max_new_tokens` more exceeds the positions of `model`."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     out = text_ids([dialogue.render(prompt, tokenizer) for prompt in prompts], tokenizer)
     for i, ids in enumerate(out):
@@ -89,8 +89,8 @@ def prompt_ids_of(prompts, tokenizer, model, max_new_tokens):
 def encode(conversations, tokenizer):
     """Conversations that end in an assistant turn -> [(prompt ids, response ids)], one per row.
 
-    Prompt ids are those of ``render(messages[:-1])``; response ids are the last turn as the chat
-    template renders it, and one eos (``continuation_ids``).
+    Prompt ids are those of `render(messages[:-1])`; response ids are the last turn as the chat
+    template renders it, and one eos (`continuation_ids`).
     """
     texts, responses = [], []
     eos = tokenizer.eos_token
@@ -112,7 +112,7 @@ def encode(conversations, tokenizer):
 
 
 def shorten_prompt(prompt, response, max_length, bos_id=None):
-    """Prompt ids, cut from the left (bos kept) until prompt + response fit ``max_length``.
+    """Prompt ids, cut from the left (bos kept) until prompt + response fit `max_length`.
 
     None when the response leaves no room for two prompt tokens: a response is never cut, since its
     eos (and in a preference model its score) stands at the end.
@@ -129,7 +129,7 @@ def shorten_prompt(prompt, response, max_length, bos_id=None):
 
 def pad(sequences, pad_id, multiple=None):
     """B lists of ids -> (ids, mask), both (B, T) int64, padded on the right to the longest, or to
-    the next ``multiple`` of tokens."""
+    the next `multiple` of tokens."""
     multiple = multiple or 1
     width = -(-max(map(len, sequences)) // multiple) * multiple
     ids = np.full((len(sequences), width), pad_id, dtype=np.int64)

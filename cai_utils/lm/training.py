@@ -18,15 +18,16 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from cai_utils.experiment.files import atomic
 from cai_utils.lm import models
 
 
 class LengthBuckets(Sampler):
     """Row indices in random order, such that each batch holds rows of similar length.
 
-    Rows are shuffled, sorted by length within pools of ``pool`` batches and cut into batches, which
+    Rows are shuffled, sorted by length within pools of `pool` batches and cut into batches, which
     are shuffled again, so that the order of training does not follow length (as it does within each
-    pool of transformers' LengthGroupedSampler). It depends on ``seed`` and epoch only, and so is
+    pool of transformers' LengthGroupedSampler). It depends on `seed` and epoch only, and so is
     the same in every process.
     """
 
@@ -104,7 +105,7 @@ def load_for_training(spec, head, runs_dir=None, lora=None):
 def load_score_model(spec, seed, runs_dir=None, lora=None, new_head=False):
     """(model, tokenizer) of a score model to be trained, padded with another token than eos.
 
-    The score head is drawn anew, keyed by ``seed``, if the weights have none or with ``new_head``.
+    The score head is drawn anew, keyed by `seed`, if the weights have none or with `new_head`.
     ValueError for a tokenizer without eos.
     """
     torch.manual_seed(seed)
@@ -122,10 +123,10 @@ def load_score_model(spec, seed, runs_dir=None, lora=None, new_head=False):
 def training_arguments(config, model, out_dir, *, rows, epochs, batch_size, lr, seed, report_to,
                        schedule, warmup, weight_decay, gradient_checkpointing=False,
                        gradient_accumulation=1, **more):
-    """``config`` (SFTConfig or RewardConfig) for short runs that are saved once, at the end.
+    """`config` (SFTConfig or RewardConfig) for short runs that are saved once, at the end.
 
-    ``batch_size`` is the number of rows in a step over all processes, each of which reads its part
-    in ``gradient_accumulation`` passes. ValueError where they do not divide it.
+    `batch_size` is the number of rows in a step over all processes, each of which reads its part
+    in `gradient_accumulation` passes. ValueError where they do not divide it.
     """
     on_cpu = model.device.type == "cpu"
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -158,7 +159,7 @@ def training_arguments(config, model, out_dir, *, rows, epochs, batch_size, lr, 
 
 def lora_config(lora, task_type, **defaults):
     """A dict of LoraConfig's arguments -> LoraConfig; None or {} (all weights learn) -> None.
-    ``quantize`` is left out: it is for ``load_for_training``. ValueError for an argument that
+    `quantize` is left out: it is for `load_for_training`. ValueError for an argument that
     LoraConfig does not know."""
     if not lora:
         return None
@@ -174,11 +175,11 @@ def lora_config(lora, task_type, **defaults):
 
 def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, collate=None,
         peft_config=None, **arguments):
-    """Train ``model`` on ``data`` ({column: one value per row}) -> (trainer, its TrainOutput).
+    """Train `model` on `data` ({column: one value per row}) -> (trainer, its TrainOutput).
 
-    trainer_class: a ``LengthBatchedTrainer``; config: its SFTConfig or RewardConfig, set by
-    ``training_arguments(**arguments)``; lengths: tokens of each row; collate: called with the rows
-    of a batch, ``pad_id`` and the ``multiple`` of tokens to pad to (None: trl's collator).
+    trainer_class: a `LengthBatchedTrainer`; config: its SFTConfig or RewardConfig, set by
+    `training_arguments(**arguments)`; lengths: tokens of each row; collate: called with the rows
+    of a batch, `pad_id` and the `multiple` of tokens to pad to (None: trl's collator).
     """
     models.attend_for_training(model, max(lengths))
     args = training_arguments(config, model, out_dir, rows=len(lengths), max_length=None,
@@ -204,7 +205,7 @@ def merge_adapter(trainer, spec, head, lora, runs_dir=None):
     model.
 
     On a quantised base (QLoRA) the sum would be rounded to 4 bits again: there the adapter is put
-    on the dense weights of ``spec``, loaded anew.
+    on the dense weights of `spec`, loaded anew.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not hasattr(model, "merge_and_unload"):
@@ -216,7 +217,7 @@ def merge_adapter(trainer, spec, head, lora, runs_dir=None):
 
 
 def adapter_on_dense_weights(model, spec, head, runs_dir=None):
-    """A PeftModel -> the same adapter on the weights of ``spec``, which are not quantised."""
+    """A PeftModel -> the same adapter on the weights of `spec`, which are not quantised."""
     from peft import PeftModel
 
     with tempfile.TemporaryDirectory() as folder, suppress_seqcls_warning():
@@ -226,8 +227,16 @@ def adapter_on_dense_weights(model, spec, head, runs_dir=None):
         return PeftModel.from_pretrained(base, folder)
 
 
+def write_record(folder, record):
+    """Write `record`, a training's settings and metrics, to <folder>/training.json."""
+    # Tables (of an `evaluate`) as lists of rows, numpy's numbers as plain ones.
+    plain = lambda x: x.to_dict("records") if hasattr(x, "to_dict") else float(x)  # noqa: E731
+    with atomic(Path(folder, "training.json")) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, default=plain), encoding="utf-8")
+
+
 def save_trained(trainer, tokenizer, out_dir, record):
-    """Write model, tokenizer and ``record`` (as training.json) to ``out_dir``.
+    """Write model, tokenizer and `record` (as training.json) to `out_dir`.
 
     Files are moved into place one by one, config.json last, so that a folder that loads is a
     complete one.
@@ -240,10 +249,7 @@ def save_trained(trainer, tokenizer, out_dir, record):
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     Path(folder, "training_args.bin").unlink(missing_ok=True)
-    with open(Path(folder, "training.json"), "w") as f:
-        # Tables (of an `evaluate`) as lists of rows, numpy's numbers as plain ones.
-        plain = lambda x: x.to_dict("records") if hasattr(x, "to_dict") else float(x)  # noqa: E731
-        json.dump(record, f, indent=1, default=plain)
+    write_record(folder, record)
     new = sorted(os.listdir(folder), key=lambda name: name == "config.json")
     for old in out_dir.glob("*.safetensors*"):
         if old.name not in new:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
+from cai_utils.experiment import registry
 from cai_utils.experiment.params import for_size
 
 # Numbers as text, 1.0 for a whole number, and NaN are refused, not converted.
@@ -137,6 +138,18 @@ def _problem(field, problems):
     if isinstance(value, str) and value[-1:].isdigit():
         hint = " (YAML reads 5e-4 as text: write 5.0e-4)"
     return f"{field.name}={value!r}: {text}{hint}"
+
+
+def settings_of(settings, trainer):
+    """The entry of `trainer` in notebook 09's `settings` {trainer: {field: value}}, {} where it has
+    none. ValueError, with the nearest one, for a trainer that no policy of the registry has."""
+    known = sorted({p.trainer for p in registry.POLICIES.values() if p.trainer})
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise ValueError(f"settings: unknown trainer {name!r}{hint}; known: {', '.join(known)}")
+    return settings.get(trainer) or {}
 
 
 def resolve(kind, values, size, **shared):

@@ -173,7 +173,7 @@ def _resume(saved, learner, collector, refresh, log):
     if progress.pm is not None:
         collector.scorer = collector.scorer_of(progress.pm)
     getattr(refresh, "resume", lambda pm: None)(progress.pm)
-    print(f"ppo: goes on from iteration {progress.iteration} of {learner.config.iterations}",
+    print(f"ppo: resumes from iteration {progress.iteration} of {learner.config.iterations}",
           flush=True)
     for row in progress.history:  # a new W&B run shows the whole curve
         log(row)

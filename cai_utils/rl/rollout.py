@@ -34,7 +34,7 @@ class Rollout:
     episodes: list[Episode]          # B
     conversations: list[list[dict]]  # B: messages, the last one the response
     scores: torch.Tensor             # (B,) float32, the PM's
-    ended: torch.Tensor              # (B,) bool: ended by itself, with eos
+    ended: torch.Tensor              # (B,) bool: ended with eos
     sampled_logprobs: torch.Tensor   # (N,) as the sampler computed them
     seconds: dict                    # time/sample, time/score
 

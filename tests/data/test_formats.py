@@ -30,9 +30,9 @@ def test_a_row_keeps_its_fields_and_their_order():
 @pytest.mark.parametrize("kind, row, fault", [
     (formats.Prompt, {"id": 1}, "f, row 2: missing field 'prompt'"),
     (formats.Question, {"prompt": " ", "corrects": ["a"], "incorrects": ["b"]},
-     "f, row 2: missing field 'prompt'"),
+     "f, row 2: missing field 'prompt' (a text)"),
     (formats.Question, {"prompt": "q", "corrects": [], "incorrects": ["b"]},
-     "f, row 2: missing field 'corrects'"),
+     "f, row 2: missing field 'corrects' (a list like [\" (A)\"])"),
     (formats.Question, {"prompt": "q", "corrects": ["a", 3], "incorrects": ["b"]},
      "f, row 2: corrects[1] has to be a text, not 3"),
     (formats.RevisionChain, {"id": "a", "prompt": ASK, "responses": ["a", None], "critiques": [],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cai_utils import critique, preference, sft
-from cai_utils.experiment import dependencies, fingerprint
+from cai_utils.experiment import dependencies, files, fingerprint, params
 from cai_utils.experiment.dependencies import ALL, RUN, Graph
 from cai_utils.lm.sampling import Sampler
 
@@ -18,6 +18,8 @@ STAGES = {
     "finetune": lambda: sft.finetune("base", [], "folder"),
     "train": lambda: preference.train("base", [], "folder"),
     "revise": lambda: critique.revise(Sampler.from_spec("base"), [], None),
+    "read": lambda: files.read_rows("rows.jsonl"),
+    "pick": lambda: params.for_size({"s": 1}, "s"),
 }
 
 
@@ -50,7 +52,7 @@ DEF = r"^(def \w+\(.*?\).*?:\n(?:    \"\"\".*?\"\"\"\n)?)"
         ("evaluation/stats.py", DEF, r"\1    print('another interval')\n"),
         ("figures/plots.py", DEF, r"\1    print('another label')\n"),
         ("figures/panels.py", DEF, r"\1    print('another label')\n"),
-        ("experiment/run.py", r"dpi=200", "dpi=100"),
+        ("experiment/files.py", r'dpi": 200', 'dpi": 100'),
         ("experiment/registry.py", r'"SL-CAI"', '"another name"'),
         ("sft.py", r'    """(\w)', r'    """Said otherwise. \1'),
         ("sft.py", r"^def finetune", "# A comment.\n\n\ndef finetune"),
@@ -79,6 +81,8 @@ def test_what_computes_nothing_changes_no_digest(package, file, pattern, replace
         ("critique.py", r"^STOPS = ", "STOPS = 1 and ", {"revise"}),
         ("preference.py", r"^(def soft_preference_loss\(.*?:\n)", r"\1    print()\n", {"train"}),
         ("sft.py", r"^class _Trainer\((\w)", r"class _Trainer(object, \1", {"finetune"}),
+        ("experiment/files.py", r'"rt", encoding="utf-8"', '"rt", encoding="latin-1"', {"read"}),
+        ("experiment/params.py", r"    return value\[size\]", "    return value", {"pick"}),
     ],
 )  # fmt: skip
 def test_what_samples_or_trains_changes_the_digests_that_reach_it(
@@ -242,7 +246,7 @@ def test_a_notebook_counts_by_its_code_and_what_that_reaches(package):
     before = fingerprint.notebook_code(path, {"profile": "miniature"})
     assert "cai_utils.evaluation.chains.chains_long" in before
     assert "cai_utils.preference.Scorer" in before and "cai_utils.preference.train" not in before
-    assert not any(".figures." in name or ".experiment." in name for name in before)
+    assert not any(".figures." in name or ".experiment.run." in name for name in before)
     path.write_text(path.read_text().replace("The paper claims", "The paper says"))
     assert fingerprint.notebook_code(path, {"profile": "miniature"}) == before
     named = fingerprint.notebook_code(path, {"judge": "cai_utils.miniature.judge:retained"})

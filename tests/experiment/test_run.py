@@ -439,11 +439,13 @@ def test_git_state_tells_commit_and_dirt(tmp_path):
 
     git("init", "-q")
     write(tmp_path / "code.py", "1")
+    write(tmp_path / "figures" / "fig.png", "1")
     git("add", ".")
     git("commit", "-q", "-m", "first")
     state = provenance.git_state(tmp_path)
     assert len(state["commit"]) == 40 and state["dirty"] is False
     write(tmp_path / "runs" / "new.txt", "2")  # nobody has added it
+    write(tmp_path / "figures" / "fig.png", "2")  # published, not yet committed
     assert provenance.git_state(tmp_path)["dirty"] is False
     write(tmp_path / "code.py", "2")
     assert provenance.git_state(tmp_path)["dirty"] is True

@@ -1,12 +1,13 @@
 """Whether a run is up to date: contents of code, parameters and files, not times."""
 
+import dataclasses
 import os
 
 import nbformat
 import pytest
 
 from cai_utils import experiment
-from cai_utils.experiment import stamp
+from cai_utils.experiment import registry, stamp
 
 PARAMETERS = 'profile = "mini"\nseed = 0\nn = 1\n'
 CODE = {
@@ -120,3 +121,18 @@ def test_a_method_counts_with_the_code_of_its_trainer(lab):
     path.write_text(path.read_text().replace("n = 1", "method = \\\"rl_cai\\\""))
     code = stamp.ingredients(lab, "09_rl", "mini")["code"]
     assert any(name.startswith("cai_utils.rl.ppo.") for name in code)
+
+
+def test_a_method_counts_with_its_row_of_the_registry(lab, monkeypatch):
+    notebook(lab, "09_rl", "print(method)")
+    path = lab / "notebooks" / "09_rl.ipynb"
+    path.write_text(path.read_text().replace("n = 1", "method = \\\"rl_cai\\\""))
+    before, row = stamp.ingredients(lab, "09_rl", "mini"), registry.POLICIES["rl_cai"]
+    for field, value, same in (("reward", "pm_hh", False), ("start", "helpful_sft", False),
+                               ("color", "#123456", True)):
+        changed = dataclasses.replace(row, **{field: value})
+        monkeypatch.setitem(registry.POLICIES, "rl_cai", changed)
+        assert (stamp.ingredients(lab, "09_rl", "mini") == before) is same, field
+    monkeypatch.setitem(registry.POLICIES, "hh_rlhf", dataclasses.replace(row, name="hh_rlhf"))
+    monkeypatch.setitem(registry.POLICIES, "rl_cai", row)
+    assert stamp.ingredients(lab, "09_rl", "mini") == before  # another method's row is no matter

@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from matplotlib.testing.compare import compare_images
 
 from cai_utils.figures import gallery, redraw, reference
 
@@ -22,10 +23,6 @@ seed = 0
 sizes = ["xs", "s", "m"]
 n_boot = 500
 """
-
-
-def png_size(path):
-    return struct.unpack(">II", path.read_bytes()[16:24])
 
 
 def git(root, *arguments):
@@ -49,8 +46,8 @@ def test_the_committed_tables_draw_every_committed_figure_in_under_a_minute(agai
         p.name for p in KEPT.iterdir() if p.suffix in (".png", ".pdf")}
     assert seconds < 60
     for path in folder.glob("*.png"):
-        for new, old in zip(png_size(path), png_size(KEPT / path.name)):
-            assert abs(new - old) <= 0.02 * old, path.name
+        # Root mean square of 0 to 255; another build of the font library moves letters by a pixel.
+        assert compare_images(KEPT / path.name, path, tol=8) is None
 
 
 def test_the_committed_tables_have_their_provenance():

@@ -26,7 +26,7 @@ ANSWER = [{"role": "assistant", "content": "Now."}]
 
 
 def read_by(model, call):
-    """Rows of token ids that the model is called with during ``call()``, padding taken off."""
+    """Rows of token ids that the model is called with during `call()`, padding taken off."""
     rows = []
 
     def note(module, args, kwargs):
@@ -104,7 +104,7 @@ def test_smollm2_through_its_own_chat_template():
 
 
 def with_specials(single, bos="<s>", eos="</s>"):
-    """The byte tokenizer with special tokens around a text as in the template ``single``."""
+    """The byte tokenizer with special tokens around a text as in the template `single`."""
     tokenizer = tiny.tokenizer()
     tokenizer.bos_token, tokenizer.eos_token = bos, eos
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tiny.SPECIAL}

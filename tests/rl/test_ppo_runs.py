@@ -66,7 +66,7 @@ def test_a_killed_run_ends_bit_for_bit_where_an_unbroken_one_ends(lab, tmp_path,
     capsys.readouterr()
     logged = []
     history = run(lab, broken, log=logged.append, **LONG)
-    assert "goes on from iteration 4 of 7" in capsys.readouterr().out
+    assert "resumes from iteration 4 of 7" in capsys.readouterr().out
     assert [row["iteration"] for row in logged] == list(range(1, 8))
     pd.testing.assert_frame_equal(steady(history), steady(expected), check_exact=True)
     for folder in ("", "step-0", "step-48", "step-96", "step-112"):
