@@ -8,6 +8,8 @@
 # it uses or an upstream run is newer; `run --if-changed` then compares contents, and runs it only if
 # something that decides its results has changed.
 import itertools
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from cai_utils.experiment import registry
 from cai_utils.experiment.fingerprint import modules_of, notebook_cells
-from cai_utils.experiment.params import GRID, all_params, check_profile, read_params
+from cai_utils.experiment.params import GRID, all_params, check_profile, files_named, read_params
 
 # What each notebook needs before it: the models and rows that those hand on. A run of 09_rl needs
 # what makes the start and the reward of its method (experiment/registry.py).
@@ -45,6 +47,12 @@ try:
     PROFILE = check_profile(ROOT, str(config.get("profile", "miniature")))
     FILES = {p.stem: p for p in sorted((ROOT / "params" / PROFILE).glob("[0-9]*.yaml"))}
     GRIDS = {name: read_params(path).get(GRID) or {} for name, path in FILES.items()}
+    for name, grid in GRIDS.items():
+        for key, points in grid.items():
+            fine = isinstance(points, list) and points and all(
+                re.fullmatch(r"[\w.-]+", str(point)) for point in points)
+            if not fine:
+                raise ValueError(f"{FILES[name]}: grid: {key} is {points!r}; give a list of names")
     for name, path in FILES.items():
         if name not in NEEDS:
             raise ValueError(f"{path}: no notebook {name} in NEEDS of the Snakefile; add it there")
@@ -82,13 +90,14 @@ def inputs(notebook):
         f"cai_utils.rl.{registry.method(name).trainer}:train"
         for name in GRIDS[notebook].get("methods", [])])
     modules = modules_of(*notebook_cells(source), text=text)
-    data = []
+    data = [path for path in files_named(ROOT, PARAMS[notebook]) if path.is_file()]
+    data.append(ROOT / "cai_utils" / "experiment" / "registry.py")
     if any(path.stem == "constitution" for path in modules):
         data += sorted((ROOT / "cai_utils" / "constitutions").glob("*.yaml"))
     if notebook == "00_miniature":
         weights = ROOT / "cai_utils" / "miniature" / "weights"
         data += sorted(path for path in weights.rglob("*") if path.is_file())
-    return [str(path.relative_to(ROOT)) for path in [source, *values, *modules, *data]]
+    return [os.path.relpath(path, ROOT) for path in [source, *values, *modules, *data]]
 
 
 def upstream(notebook, point):

@@ -115,7 +115,8 @@ class Strip(ast.NodeTransformer):
 def _skipped(node) -> bool:
     """A docstring, or a block that does not run on import."""
     if isinstance(node, ast.If):
-        return "__main__" in ast.unparse(node.test) or "TYPE_CHECKING" in ast.unparse(node.test)
+        typing_only = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        return "__main__" in ast.unparse(node.test) or (typing_only and not node.orelse)
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 

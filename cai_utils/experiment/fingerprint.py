@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import dis
+import functools
 import hashlib
 import inspect
 import json
@@ -104,8 +105,13 @@ def _reached(function, seen: set) -> tuple[set[tuple], list]:
     starts, bytecode = set(), []
     if isinstance(function, types.ModuleType):
         return {(function.__name__, ALL)}, bytecode
-    if hasattr(function, "func"):  # functools.partial
-        return _reached(function.func, seen)
+    if isinstance(function, functools.partial):
+        for item in _items([function.func, function.args, function.keywords]):
+            deeper, more = _reached(item, seen)
+            starts |= deeper
+            bytecode += more
+        given = [function.args, function.keywords]
+        return starts, [*bytecode, *([_plain(given)] if any(given) else [])]
     if hasattr(function, "__func__"):  # a bound method: what defines it, and whose it is
         owner = function.__self__
         starts |= _reached(owner if isinstance(owner, type) else type(owner), seen)[0]
@@ -124,6 +130,12 @@ def _reached(function, seen: set) -> tuple[set[tuple], list]:
         **function.__globals__,
         **{k: c.cell_contents for k, c in values.items() if _filled(c)},
     }
+    defaults = [function.__defaults__, function.__kwdefaults__]
+    bytecode += [_plain(defaults)] if any(defaults) else []
+    for item in _items(defaults):
+        deeper, more = _reached(item, seen)
+        starts |= deeper
+        bytecode += more
     stack = [code]
     while stack:
         block = stack.pop()
@@ -139,7 +151,8 @@ def _reached(function, seen: set) -> tuple[set[tuple], list]:
             for item in _items(value):
                 item = inspect.unwrap(item) if callable(item) else item  # functools.cache
                 inside = getattr(item, "__module__", None) or type(item).__module__ or ""
-                if ours(inside) or (isinstance(item, types.FunctionType) and inside == module):
+                own = isinstance(item, types.FunctionType) and inside == module
+                if ours(inside) or own or isinstance(item, functools.partial):
                     deeper, more = _reached(item, seen)
                     starts |= deeper
                     bytecode += more
@@ -147,12 +160,23 @@ def _reached(function, seen: set) -> tuple[set[tuple], list]:
 
 
 def _items(value):
-    """The value itself, or what a container holds: PMs in a dict count by their class."""
+    """The value itself, or what a container holds, at any depth: PMs in a dict count by their
+    class."""
     if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
+        value = list(value.values())
+    if not isinstance(value, list | tuple | set | frozenset):
         return [value]
-    return [item for item in value if not isinstance(item, types.ModuleType)]
+    return [i for item in value if not isinstance(item, types.ModuleType) for i in _items(item)]
+
+
+def _plain(value):
+    """The text of plain values, and the types alone of what has no stable text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    plain = value is None or isinstance(value, str | bytes | int | float | bool)
+    return repr(value) if plain else type(value).__name__
 
 
 def _chains(code) -> list[list[str]]:

@@ -101,13 +101,21 @@ def read_params(path) -> dict:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold 'name: value' lines, not a {type(values).__name__}")
-    for name, value in values.items():
-        # YAML 1.1 reads 1e-4 as text, here and in `papermill -f`; training with it fails far away.
-        if isinstance(value, str) and NUMBER.fullmatch(value):
-            raise ValueError(
-                f"{path}: YAML reads {name}: {value} as text; write {_as_yaml_float(value)}"
-            )
+    # YAML 1.1 reads 1e-4 as text, here and in `papermill -f`; training with it fails far away.
+    for name, value in _numbers_as_text(values):
+        raise ValueError(
+            f"{path}: YAML reads {name}: {value} as text; write {_as_yaml_float(value)}")
     return values
+
+
+def _numbers_as_text(value, name=""):
+    """(place, text) of every number that YAML has left as text, at any depth."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inside in pairs:
+            yield from _numbers_as_text(inside, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, str) and NUMBER.fullmatch(value):
+        yield name, value
 
 
 def _as_yaml_float(text: str) -> str:
@@ -127,9 +135,12 @@ def parse_override(text: str) -> tuple[str, object]:
     if NUMBER.fullmatch(value):
         return name, float(value)
     try:
-        return name, yaml.safe_load(value)
+        value = yaml.safe_load(value)
     except yaml.YAMLError:
         raise ValueError(f"the value of {text!r} is not valid YAML; quote it") from None
+    for _, number in _numbers_as_text(value):
+        raise ValueError(f"{text!r}: YAML reads {number} as text; write {_as_yaml_float(number)}")
+    return name, value
 
 
 def _with_entry(name: str, value, path: list[str], entry):
@@ -184,6 +195,8 @@ def from_namespace(root, notebook: str, namespace) -> dict:
     """
     path = Path(root) / "notebooks" / f"{notebook}.ipynb"
     if not path.is_file():
+        if "__name__" in namespace:
+            raise _unknown("notebook", notebook, notebooks(root))
         return dict(namespace)
     names = declared(path)
     common = Path(root) / "params" / str(namespace.get("profile")) / "_common.yaml"
@@ -215,8 +228,10 @@ def check_sizes(root, params: dict, where: str = "") -> None:
     """ValueError when `size` or an item of `sizes` is not one of the profile's."""
     common = Path(root) / "params" / params["profile"] / "_common.yaml"
     known = known_sizes(read_params(common))
-    asked = params.get("sizes") or []
-    asked = [asked] if isinstance(asked, str) else list(asked)
+    asked = params.get("sizes", [])
+    if "sizes" in params and (not isinstance(asked, list | tuple) or not asked):
+        raise ValueError(f"{where}sizes={asked!r}: give a list of at least one size, as [xs, s]")
+    asked = list(asked)
     asked += [params["size"]] if params.get("size") is not None else []
     for size in asked:
         if known is not None and str(size) not in known:
@@ -258,6 +273,19 @@ def merge_params(root, notebook: str, profile: str, overrides: dict | None = Non
         name, *path = text.split(".")
         merged[name] = _with_entry(name, merged.get(name, cell[name]), path, value)
     return merged
+
+
+def files_named(root, value) -> list[Path]:
+    """The user's own files and folders that a parameter's value names, at any depth: a path that
+    exists, absolute or from the project's root, also with a slice behind it (`mine.jsonl[:100]`).
+    """
+    if isinstance(value, dict | list | tuple):
+        parts = value.values() if isinstance(value, dict) else value
+        return [path for part in parts for path in files_named(root, part)]
+    if not isinstance(value, str) or not re.search(r"[/.]", value) or "\n" in value:
+        return []
+    path = Path(root) / Path(re.sub(r"\[[^\]]*\]$", "", value)).expanduser()
+    return [path] if path.exists() and path.resolve() != Path(root).resolve() else []
 
 
 def all_params(root, notebook: str, profile: str, overrides: dict | None = None) -> dict:

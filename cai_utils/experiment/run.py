@@ -186,7 +186,7 @@ class Run:
         name = os.environ.get("CAI_RUN_NAME", self.notebook)
         record = {**self._now(), "read": self.read, "made": self.made}
         write_json(self.dir / "executed" / f"{name}.provenance.json", record)
-        stamp.remove_overwritten(self.dir, self.made)
+        stamp.remove_overwritten(self.dir, name, self.made)
         if self._wandb is not None:
             with contextlib.suppress(Exception):
                 self._wandb.finish(quiet=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cai_utils.experiment import fingerprint, registry
 from cai_utils.experiment.files import PACKAGE, read_json, write_json
-from cai_utils.experiment.params import all_params
+from cai_utils.experiment.params import all_params, files_named
 
 
 def ingredients(root, notebook: str, profile: str, overrides: dict | None = None) -> dict:
@@ -26,7 +26,7 @@ def ingredients(root, notebook: str, profile: str, overrides: dict | None = None
     own = next((p for p in policies if p.name == params.get("method") and p.trainer), None)
     trainer = f"cai_utils.rl.{own.trainer}:train" if own else ""
     code = fingerprint.notebook_code(root / "notebooks" / f"{notebook}.ipynb", params, trainer)
-    files = []
+    files = files_named(root, params)
     if any(name.startswith("cai_utils.constitution.") for name in code):
         files += (PACKAGE / "constitutions").glob("*.yaml")
     if "miniature/" in str(params.get("pretrained")):
@@ -65,12 +65,16 @@ def write(folder: Path, name: str, now: dict) -> None:
     write_json(executed / f"{name}.stamp.json", now | handed)
 
 
-def remove_overwritten(folder: Path, made: dict) -> None:
-    """Remove the stamps of runs that made one of these results otherwise, so that the batch makes
-    theirs again: no trial by hand passes for the run of the profile."""
+def remove_overwritten(folder: Path, name: str, made: dict) -> None:
+    """Remove the stamps of other runs that made one of these results otherwise, or one of these
+    tables, beside which now stands another run's record: the batch makes theirs again, so that no
+    trial by hand passes for the run of the profile, and none blocks publishing."""
     for path in (folder / "executed").glob("*.stamp.json"):
+        other = path.name.removesuffix(".stamp.json")
         theirs = read_json(path).get("made", {})
-        if any(theirs.get(name, sha) != sha for name, sha in made.items()):
+        if other != name and any(
+                key in theirs and (theirs[key] != sha or key.startswith("results/"))
+                for key, sha in made.items()):
             path.unlink()
 
 

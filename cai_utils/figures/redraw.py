@@ -63,7 +63,7 @@ RUNS = {
     "rl_truth_": Drawing(lambda table: plots.rl_truth(panels_of(table))),
     "rl_": Drawing(plots.rl_curves),
 }
-_RUN = re.compile(rf"(rl_truth_|rl_)(?:{'|'.join(registry.methods())})_\w+")
+_RUN = re.compile(rf"(rl_truth_|rl_)(?:{'|'.join(registry.methods())})_[\w.-]+")
 
 
 def drawing(name: str) -> Drawing:

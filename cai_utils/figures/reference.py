@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
-from cai_utils.experiment.files import atomic, read_json
+from cai_utils.experiment.files import read_json
 from cai_utils.experiment.fingerprint import file_digest
 from cai_utils.experiment.params import GRID, all_params, check_profile, read_params
 from cai_utils.figures import gallery
@@ -70,15 +71,20 @@ def publish(root, profile: str) -> Path:
     results, tables = run / "results", folder / "tables"
     wanted = _check(root, profile, run, folder)
     records = {name: drawings.record(results, name) for name in wanted}
-    tables.mkdir(parents=True, exist_ok=True)
-    for old in tables.glob("*.csv"):
-        old.unlink()
+    # Written beside its place and put there whole: a kill loses neither the old tables nor the new.
+    fresh, old = folder / ".tables.new", folder / ".tables.old"
+    for stale in (fresh, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    fresh.mkdir(parents=True)
     for name in wanted:
-        shutil.copyfile(results / f"{name}.csv", tables / f"{name}.csv")
+        shutil.copyfile(results / f"{name}.csv", fresh / f"{name}.csv")
     lines = [f"{json.dumps(name)}: " + json.dumps({k: r[k] for k in KEPT if k in r})
-             for name, r in sorted(records.items())]
-    with atomic(tables / "provenance.json") as temporary:  # a line a table: changes can be read
-        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+             for name, r in sorted(records.items())]  # a line a table: changes can be read
+    (fresh / "provenance.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    if tables.exists():
+        os.replace(tables, old)
+    os.replace(fresh, tables)
+    shutil.rmtree(old, ignore_errors=True)
     for page in (run / "figures").glob("*.md"):
         if page.name != "README.md":
             shutil.copyfile(page, folder / page.name)

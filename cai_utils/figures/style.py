@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,12 +52,20 @@ def on_top(name):
 
     It sets fonts, lines, grids and the like; the colors of policies stand in the registry.
     """
+    faults = []  # matplotlib only logs what it cannot read, and draws without it
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: faults.append(" ".join(record.getMessage().split()))
+    logging.getLogger("matplotlib").addHandler(handler)
     try:
         rc = plt.style.library.get(str(name)) or mpl.rc_params_from_file(
             Path(name), use_default_template=False)
     except OSError:
         raise ValueError(f"{name} is no file, and no style of matplotlib: "
                          + ", ".join(plt.style.available)) from None
+    finally:
+        logging.getLogger("matplotlib").removeHandler(handler)
+    if faults:
+        raise ValueError(f"{name}: {faults[0]}")
     _user.update({key: rc[key] for key in rc if key != "backend"})
     try:
         yield dict(_user)

@@ -108,11 +108,7 @@ def from_dict(kind, values):
         return values
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for name in values:
-        if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=3, cutoff=0.5)
-            hint = f"; nearest: {', '.join(near)}" if near else ""
-            raise ValueError(
-                f"unknown field {name!r} of {kind.__name__}{hint}; known: {', '.join(fields)}")
+        _check_name(kind, fields, name)
     try:
         return kind(**values)
     except ValidationError as error:
@@ -121,6 +117,14 @@ def from_dict(kind, values):
             found.setdefault(str(problem["loc"][0]), []).append(problem)
         lines = [_problem(fields[name], problems) for name, problems in found.items()]
         raise ValueError(f"{kind.__name__}: {'; '.join(lines)}") from None
+
+
+def _check_name(kind, fields, name):
+    if name not in fields:
+        near = difflib.get_close_matches(str(name), fields, n=3, cutoff=0.5)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise ValueError(
+            f"unknown field {name!r} of {kind.__name__}{hint}; known: {', '.join(fields)}")
 
 
 def _problem(field, problems):
@@ -160,10 +164,16 @@ def resolve(kind, values, size, **shared):
     where `kind` has such a field and `values` has not. ValueError as `from_dict`, and for a field
     without a value for `size`.
     """
-    fields = {f.name for f in dataclasses.fields(kind)}
+    if not isinstance(values or {}, dict):
+        raise ValueError(f"{kind.__name__}: {values!r} has to be a mapping, field: value")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
     found = {name: value for name, value in shared.items() if name in fields}
     for name, value in (values or {}).items():
+        _check_name(kind, fields, name)
         arguments = name == "lora" and isinstance(value, dict) and not (
             value and all(v is None or isinstance(v, dict) for v in value.values()))
-        found[name] = value if arguments else for_size(value, size)
+        try:
+            found[name] = value if arguments else for_size(value, size)
+        except ValueError as error:
+            raise ValueError(f"{kind.__name__}: {name}: {error}") from None
     return from_dict(kind, found)

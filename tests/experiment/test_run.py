@@ -580,3 +580,20 @@ def test_mistakes_on_the_command_line_are_one_line(lab, monkeypatch, arguments, 
     assert words in str(caught.value.code)
     assert "\n" not in str(caught.value.code)
     assert not (lab / "runs").exists()
+
+
+def test_partials_defaults_and_containers_count():
+    def stage(n=1, *, m=2):
+        return n + m
+
+    def other(n=5, *, m=2):
+        return n + m
+
+    def holds(inside):
+        return lambda: [f for group in inside for f in group]
+
+    digest = fingerprint.code_digest
+    assert digest(stage) != digest(other)
+    assert digest(partial(stage, 3)) != digest(partial(stage, 4)) != digest(stage)
+    plain = digest(holds([(partial(stage, 3),)]))
+    assert plain != digest(holds([(partial(critique.revise, None),)]))

@@ -48,10 +48,11 @@ def ended(run, name=None, **overrides):
     stamp.write(run.dir, name, now)
 
 
-def first(lab, value=1, name=None, **overrides):
+def first(lab, value=1, name=None, table=True, **overrides):
     run = experiment.start("03_chains", {"profile": "mini"})
     run.rows("chains", lambda: [{"n": value}], value=value)
-    run.table([{"n": value}], "lengths")
+    if table:
+        run.table([{"n": value}], "lengths")
     model = run.model("helpful", "s")
     model.mkdir(parents=True, exist_ok=True)
     (model / "config.json").write_text("{}")
@@ -105,7 +106,11 @@ def test_what_another_run_handed_on_counts_by_its_content(lab):
 
 
 def test_results_that_are_gone_or_overwritten_are_made_again(lab):
-    first(lab, name="trial")  # gives the same
+    first(lab, name="trial", table=False)  # gives the same rows and model
+    assert changes(lab, "03_chains") == []
+    first(lab, name="trial")  # the same table, too, but its record is the trial's
+    assert changes(lab, "03_chains") == ["no record of an earlier run"]
+    first(lab)
     assert changes(lab, "03_chains") == []
     first(lab, value=2, name="trial", n=2)
     assert not (lab / "runs" / "mini" / "executed" / "03_chains.stamp.json").exists()

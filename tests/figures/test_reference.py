@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-import struct
 import subprocess
 import time
 from pathlib import Path
@@ -262,3 +261,17 @@ def test_what_cannot_be_drawn_is_one_clear_error(lab):
         reference.redraw(lab, "mini", "fig09_calibration")
     with pytest.raises(ValueError, match="nope.mplstyle is no file, and no style of matplotlib"):
         reference.redraw(lab, "mini", own_style="nope.mplstyle")
+
+
+@pytest.mark.parametrize("size", ["s", "135M", "1.4b", "12b", "0.5B-base"])
+def test_every_size_has_its_figures(size):
+    assert redraw.tables_of(f"rl_rl_cai_{size}") == (f"rl_rl_cai_{size}",)
+    assert redraw.tables_of(f"rl_truth_dpo_cai_{size}") == (f"rl_truth_dpo_cai_{size}",)
+
+
+@pytest.mark.parametrize("line", ["font.size: abc", "no.such.key: 1"])
+def test_a_style_that_matplotlib_cannot_read_is_refused(tmp_path, line):
+    own = tmp_path / "my.mplstyle"
+    own.write_text(line + "\n")
+    with pytest.raises(ValueError, match="my.mplstyle: .*(font.size|no.such.key)"):
+        redraw.redraw(KEPT / "tables", tmp_path, ["fig05_revisions"], own)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cai_utils.experiment.params import read_params
-from cai_utils.rl.config import PPOConfig, resolve
+from cai_utils.rl.config import PPOConfig, resolve, settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,7 +72,7 @@ def test_values_by_size_are_resolved():
         resolve(PPOConfig, values, "m")
 
 
-def settings_of(profile):
+def of_profile(profile):
     """The `settings` of 09_rl: the profile's, or else the notebook's."""
     found = read_params(ROOT / "params" / profile / "09_rl.yaml").get("settings")
     if found is None:
@@ -87,15 +87,32 @@ def settings_of(profile):
 def test_the_settings_of_the_profiles_are_valid(profile):
     common = read_params(ROOT / "params" / profile / "_common.yaml")
     sizes = common.get("series", ["xs", "s", "m"])
-    for trainer, values in settings_of(profile).items():
+    for trainer, values in of_profile(profile).items():
         config = importlib.import_module(f"cai_utils.rl.{trainer}").Config
         for size in sizes:
             assert resolve(config, values, size).seed == 0
 
 
 def test_the_settings_of_the_miniature_are_those_of_its_figures():
-    found = [resolve(PPOConfig, settings_of("miniature")["ppo"], size) for size in ("xs", "s", "m")]
+    found = [resolve(PPOConfig, of_profile("miniature")["ppo"], size) for size in ("xs", "s", "m")]
     assert [(c.iterations, c.episodes, c.ppo_epochs, c.lr, c.snapshot_every) for c in found] == [
         (30, 128, 2, 5e-4, 10), (24, 128, 2, 4e-4, 4), (10, 80, 1, 4e-4, 5)]
     assert {(c.minibatch, c.kl_coef, c.score_norm, c.value_lr) for c in found} == {
         (32, 0.1, "start", None)}
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"lr": {"s": 0.1}}, "PPOConfig: lr: .* none for size 'xs'"),
+    ({"lrr": {"s": 1}}, "unknown field 'lrr' of PPOConfig; nearest: lr"),
+    (5, "PPOConfig: 5 has to be a mapping"),
+])
+def test_settings_of_a_size_are_refused_by_name(values, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(PPOConfig, values, "xs")
+
+
+def test_settings_of_a_trainer_that_does_not_exist_are_refused():
+    assert settings_of({"ppo": {"lr": 1.0}}, "ppo") == {"lr": 1.0}
+    assert settings_of({"ppo": {"lr": 1.0}}, "dpo") == {}
+    with pytest.raises(ValueError, match="unknown trainer 'pppo'; nearest: ppo"):
+        settings_of({"pppo": {}}, "ppo")
