@@ -27,11 +27,13 @@ from cai_utils.figures import plots, style
 @dataclass(frozen=True)
 class Drawing:
     """plot: a function of the tables, which are named after the figure unless `tables` says
-    otherwise. measured_by: the only rows of the first table that are drawn; None: all."""
+    otherwise. measured_by: the only rows of the first table that are drawn; None: all. columns:
+    those without which a table of this name is not for this figure."""
 
     plot: Callable
     tables: tuple[str, ...] = ()
     measured_by: str | None = None
+    columns: tuple[str, ...] = ()
 
 
 def _pm_accuracy(accuracy, calibration):
@@ -61,7 +63,7 @@ DRAWINGS = {
 # The same for every run of 09_rl: rl_<method>_<size> and rl_truth_<method>_<size>.
 RUNS = {
     "rl_truth_": Drawing(lambda table: plots.rl_truth(panels_of(table))),
-    "rl_": Drawing(plots.rl_curves),
+    "rl_": Drawing(plots.rl_curves, columns=tuple(plots.RL_AXES)),  # DPO's history has others
 }
 _RUN = re.compile(rf"(rl_truth_|rl_)(?:{'|'.join(registry.methods())})_[\w.-]+")
 
@@ -122,7 +124,8 @@ def drawable(folder) -> list[str]:
     names = [path.stem for path in sorted(Path(folder).glob("*.csv"))]
     names = [n for n in names if n in DRAWINGS or _RUN.fullmatch(n)]
     there = [n for n in names if all((Path(folder) / f"{t}.csv").is_file() for t in tables_of(n))]
-    return [n for n in there if len(_frames(n, folder)[0])]
+    first = {name: _frames(name, folder)[0] for name in there}
+    return [n for n, frame in first.items() if len(frame) and {*drawing(n).columns} <= {*frame}]
 
 
 def redraw(tables, folder, names=None, own_style=None) -> list[Path]:

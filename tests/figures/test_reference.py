@@ -275,3 +275,9 @@ def test_a_style_that_matplotlib_cannot_read_is_refused(tmp_path, line):
     own.write_text(line + "\n")
     with pytest.raises(ValueError, match="my.mplstyle: .*(font.size|no.such.key)"):
         redraw.redraw(KEPT / "tables", tmp_path, ["fig05_revisions"], own)
+
+
+def test_a_history_without_what_is_drawn_is_passed_over(tmp_path):
+    columns = "method,size,episode,loss\n"
+    (tmp_path / "rl_dpo_cai_s.csv").write_text(columns + "DPO-CAI,s,32,0.69\n")
+    assert redraw.drawable(tmp_path) == []

@@ -18,7 +18,7 @@ from transformers import (
 from cai_utils import sft
 from cai_utils.lm import models, training
 from cai_utils.lm.sampling import Sampler
-from cai_utils.rl import networks
+from cai_utils.rl.config import PPOConfig
 
 
 def save(folder, dtype=torch.float32, **special):
@@ -174,7 +174,7 @@ def test_qlora_is_asked_for_in_the_parameters_of_lora(folder, tmp_path):
         with pytest.raises(ValueError, match="quantize='4bit' needs CUDA"):
             sft.finetune(folder, rows, tmp_path / "out", lora=lora)
     with pytest.raises(ValueError, match="PPO"):
-        networks.load(folder, None, device="cpu", micro_tokens=8, runs_dir=None, lora=lora, seed=0)
+        PPOConfig.from_dict({"lr": 1e-3, "lora": lora})
 
 
 @pytest.mark.parametrize(
