@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from cai_utils.experiment import registry
 from cai_utils.experiment.fingerprint import modules_of, notebook_cells
-from cai_utils.experiment.params import GRID, all_params, check_profile, files_named, read_params
+from cai_utils.experiment.params import all_params, check_profile, files_named, grid_of
 
 # What each notebook needs before it: the models and rows that those hand on. A run of 09_rl needs
 # what makes the start and the reward of its method (experiment/registry.py).
@@ -46,7 +46,7 @@ FIRST = {"03_critique_revision": 3, "07_sl_cai": 3, "08_ai_feedback": 3, "09_rl"
 try:
     PROFILE = check_profile(ROOT, str(config.get("profile", "miniature")))
     FILES = {p.stem: p for p in sorted((ROOT / "params" / PROFILE).glob("[0-9]*.yaml"))}
-    GRIDS = {name: read_params(path).get(GRID) or {} for name, path in FILES.items()}
+    GRIDS = {name: grid_of(ROOT, PROFILE, name) for name in FILES}
     for name, grid in GRIDS.items():
         for key, points in grid.items():
             fine = isinstance(points, list) and points and all(

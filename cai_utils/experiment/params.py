@@ -275,6 +275,12 @@ def merge_params(root, notebook: str, profile: str, overrides: dict | None = Non
     return merged
 
 
+def grid_of(root, profile: str, notebook: str) -> dict:
+    """The `grid` of a notebook in a profile, {plural of a parameter: values}: the runs that the
+    batch makes of it. {} where there is none."""
+    return read_params(Path(root) / "params" / profile / f"{notebook}.yaml").get(GRID) or {}
+
+
 def files_named(root, value) -> list[Path]:
     """The user's own files and folders that a parameter's value names, at any depth: a path that
     exists, absolute or from the project's root, also with a slice behind it (`mine.jsonl[:100]`).

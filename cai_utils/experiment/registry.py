@@ -72,6 +72,11 @@ PANELS = {  # what figures of the truth show: kind of prompt and measure
 }
 
 
+def baselines() -> list[str]:
+    """Names of the policies that are made without RL, in the paper's order."""
+    return [policy.name for policy in POLICIES.values() if not policy.trainer]
+
+
 def methods() -> list[str]:
     """Names of the policies that RL makes, in the paper's order."""
     return [policy.name for policy in POLICIES.values() if policy.trainer]

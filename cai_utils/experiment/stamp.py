@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cai_utils.experiment import fingerprint, registry
 from cai_utils.experiment.files import PACKAGE, read_json, write_json
-from cai_utils.experiment.params import all_params, files_named
+from cai_utils.experiment.params import all_params, files_named, grid_of
 
 
 def ingredients(root, notebook: str, profile: str, overrides: dict | None = None) -> dict:
@@ -21,6 +21,8 @@ def ingredients(root, notebook: str, profile: str, overrides: dict | None = None
     root = Path(root)
     params = all_params(root, notebook, profile, overrides)
     named = [params.get("method"), *(params.get("methods") or ()), *(params.get("baselines") or ())]
+    if "methods" in params and not params["methods"]:  # 10_elo: those that 09_rl runs
+        named += [*registry.baselines(), *grid_of(root, profile, registry.RL).get("methods", [])]
     policies = [registry.POLICIES[name] for name in named if name in registry.POLICIES]
     # A trainer is found by its name at run time.
     own = next((p for p in policies if p.name == params.get("method") and p.trainer), None)

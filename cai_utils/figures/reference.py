@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cai_utils.experiment.files import read_json
 from cai_utils.experiment.fingerprint import file_digest
-from cai_utils.experiment.params import GRID, all_params, check_profile, read_params
+from cai_utils.experiment.params import all_params, check_profile, grid_of
 from cai_utils.figures import gallery
 from cai_utils.figures import redraw as drawings
 
@@ -125,7 +125,7 @@ def _check(root: Path, profile: str, run: Path, folder: Path) -> list[str]:
 def _runs(root: Path, profile: str):
     """(notebook, {parameter: value}, name) of every run of a profile: one a point of a grid."""
     for path in sorted((root / "params" / profile).glob("[0-9]*.yaml")):
-        grid = sorted((read_params(path).get(GRID) or {}).items())
+        grid = sorted(grid_of(root, profile, path.stem).items())
         for values in itertools.product(*(values for _, values in grid)):
             point = dict(zip((key.removesuffix("s") for key, _ in grid), values))
             yield path.stem, point, "-".join([path.stem, *map(str, values)])
