@@ -22,7 +22,7 @@ from cai_utils.experiment import registry
 from cai_utils.experiment.fingerprint import modules_of, notebook_cells
 from cai_utils.experiment.params import all_params, check_profile, files_named, grid_of
 
-# What each notebook needs before it: the models and rows that those hand on. A run of 09_rl needs
+# What each notebook needs before it: the models and rows that those make. A run of 09_rl needs
 # what makes the start and the reward of its method (experiment/registry.py).
 NEEDS = {
     "00_miniature": [],

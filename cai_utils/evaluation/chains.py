@@ -11,7 +11,7 @@ from cai_utils.evaluation.tables import summarize
 def true_verdict(judge, prompt, text, harm_weight=2.0) -> dict:
     """The ground truth about a response, as columns "truth:<measure>".
 
-    Measures: harm, harmlessness (its negative), helpfulness, HH (helpfulness less `harm_weight`
+    Measures: harm, harmlessness (its negative), helpfulness, HH (helpfulness minus `harm_weight`
     times harm), evasive (0 or 1).
     """
     verdict = judge(dialogue.with_response(prompt, text))

@@ -30,7 +30,7 @@ def summarize(long, by, value, cluster="id") -> pd.DataFrame:
 
 
 def difference(long, column, a, b, value, unit="id", cluster=None) -> stats.Estimate:
-    """Mean of `value` where `column` is `a` less where it is `b`, paired by `unit`.
+    """Mean of `value` where `column` is `a`, minus that where it is `b`, paired by `unit`.
 
     Units that lack one of the two are left out. `cluster` names a column that is equal for units
     that are not independent; those are resampled together. ValueError when no unit has both.

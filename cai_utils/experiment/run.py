@@ -28,7 +28,7 @@ class Run:
 
     `profile`, `notebook`, `params`, `seed`; `root` (the repository), `dir`
     (runs/<profile>), `provenance` (dict, see provenance.describe). `read` and `made` hold
-    the sha256 of what it took from other runs and of what it hands on, by path below `dir`.
+    the sha256 of what it took from other runs and of what it made, by path below `dir`.
     """
 
     def __init__(self, notebook: str, params: dict):

@@ -19,7 +19,7 @@ BF16_ABOVE = 3e5
 
 def process_state():
     """accelerate's state of this process. CPU processes that a launcher started are taken for
-    single ones unless it is told."""
+    single ones unless a flag says so."""
     launched = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
     return PartialState(cpu=launched or parse_flag_from_env("ACCELERATE_USE_CPU"))
 

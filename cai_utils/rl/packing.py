@@ -22,8 +22,8 @@ class Episode:
 
 
 def length_groups(lengths, max_tokens, max_padding=0.1):
-    """Indices of rows in groups of like length, longest first. Padded to its longest row, a group
-    holds at most `max_tokens` tokens (or one row), and at most the share `max_padding` of padding
+    """Indices of rows in groups of similar length, longest first. Padded to its longest row, a group
+    holds at most `max_tokens` tokens (or one row), and at most a fraction `max_padding` of padding
     unless it is small (a quarter of `max_tokens`), when one more pass would cost more than that."""
     groups, total = [], 0
     for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
@@ -71,7 +71,7 @@ def _multiple(length, of=8):
 
 def passes_of_process(lengths, max_tokens, process=0, processes=1, packs=False):
     """The passes of one process over its episodes (every `processes`-th): [(rows, weight)], rows
-    being lists of indices: one each, in passes of like length, or with `packs` several.
+    being lists of indices: one each, in passes of similar length, or with `packs` several.
 
     All processes make the same number of passes, as each pass exchanges messages: one with fewer
     repeats the shortest episode at weight 0. Every episode has weight 1 in exactly one process.

@@ -212,7 +212,7 @@ def _next_prompts(n, count, position, seed):
 
 
 def _shaped_scores(sampled, progress, learner, collector, iteration):
-    """(B,) normalised scores less penalties. Where `progress` has no normalisation yet, it is that
+    """(B,) normalised scores minus penalties. Where `progress` has no normalisation yet, it is that
     of the config, or with "start" mean and standard deviation of these scores."""
     config, scores = learner.config, sampled.scores
     if progress.norm is None:
@@ -275,15 +275,15 @@ def _snapshot(collector, folder):
     """Saves the policy with samples of it; returns these as a DataFrame (prompt, completion,
     score)."""
     sampled = collector.collect(range(min(8, len(collector.prompts))), collector.config.seed)
-    talks = list(zip(sampled.conversations, sampled.scores.tolist(), strict=True))
+    scored = list(zip(sampled.conversations, sampled.scores.tolist(), strict=True))
     if collector.accelerator.is_main_process:
-        rows = [{"messages": messages, "score": score} for messages, score in talks]
+        rows = [{"messages": messages, "score": score} for messages, score in scored]
         model = networks.merged(collector.model, collector.adapted)
         checkpoints.save_model(model, collector.tokenizer, folder, rows)
     collector.accelerator.wait_for_everyone()
     return pd.DataFrame([
         {"prompt": dialogue.transcript(messages[:-1]), "completion": messages[-1]["content"],
-         "score": score} for messages, score in talks])
+         "score": score} for messages, score in scored])
 
 
 _MEANS = ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg",
@@ -352,7 +352,7 @@ def _step(learner, iteration):
     for name in ("policy", "value"):
         weights = [w for w in getattr(learner.networks, name).parameters() if w.requires_grad]
         norm = learner.accelerator.clip_grad_norm_(weights, learner.config.max_grad_norm)
-        if norm is not None:  # DeepSpeed does not say
+        if norm is not None:  # DeepSpeed does not return it
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             finite(norm, f"the gradient of the {name}", iteration)
             norms[f"{name}/grad_norm"] = float(norm)

@@ -171,7 +171,7 @@ def evaluate(learner, episodes, iteration):
 
 @torch.no_grad()
 def experience_of(predictions, shaped, config, kl_coef):
-    """Predictions and shaped scores (B,), normalised and less penalties -> Experience (HH, section
+    """Predictions and shaped scores (B,), normalised, minus penalties -> Experience (HH, section
     4.1: reward = score - kl_coef * KL; N+ details, 4.1 and 4.2)."""
     p = predictions
     rewards = losses.token_rewards(p.logprobs, p.ref_logprobs, shaped, p.mask, kl_coef)
