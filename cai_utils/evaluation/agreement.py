@@ -68,7 +68,8 @@ def calibration_table(rows, bins=10) -> pd.DataFrame:
 def calibration_errors(rows, bins=10) -> pd.DataFrame:
     """Rows of `multiple_choice.predictions` -> labels, measure, estimate, ci_low, ci_high, n.
 
-    Measures: expected calibration error; over-confidence (mean confidence minus accuracy); accuracy.
+    Measures: expected calibration error; over-confidence (mean confidence minus accuracy); and
+    accuracy.
     """
     out = []
     for name, part in pd.DataFrame(rows).groupby("labels", sort=False):

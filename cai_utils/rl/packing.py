@@ -22,9 +22,12 @@ class Episode:
 
 
 def length_groups(lengths, max_tokens, max_padding=0.1):
-    """Indices of rows in groups of similar length, longest first. Padded to its longest row, a group
-    holds at most `max_tokens` tokens (or one row), and at most a fraction `max_padding` of padding
-    unless it is small (a quarter of `max_tokens`), when one more pass would cost more than that."""
+    """Indices of rows in groups of similar length, longest first.
+
+    Padded to its longest row, a group holds at most `max_tokens` tokens (or one row), and at most a
+    fraction `max_padding` of padding, unless it is small (a quarter of `max_tokens`), when one more
+    pass would cost more than that.
+    """
     groups, total = [], 0
     for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         padded = (len(groups[-1]) + 1) * lengths[groups[-1][0]] if groups else math.inf
