@@ -50,9 +50,10 @@ try:
     for name, grid in GRIDS.items():
         for key, points in grid.items():
             fine = isinstance(points, list) and points and all(
-                re.fullmatch(r"[\w.-]+", str(point)) for point in points)
-            if not fine:
-                raise ValueError(f"{FILES[name]}: grid: {key} is {points!r}; give a list of names")
+                re.fullmatch(r"[^/{}\n]+", str(point)) for point in points)
+            if not fine:  # the values stand in the name of the executed notebook
+                raise ValueError(f"{FILES[name]}: grid: {key} is {points!r}; give a list of values "
+                                 "without / and braces")
     for name, path in FILES.items():
         if name not in NEEDS:
             raise ValueError(f"{path}: no notebook {name} in NEEDS of the Snakefile; add it there")

@@ -151,7 +151,10 @@ def test_every_notebook_has_its_jobs_and_waits_for_what_it_builds_on(lab):
     assert "cai_utils/rl/ppo.py" in inputs["09_rl-rl_cai-s"]
     assert "cai_utils/rl/ppo.py" not in inputs["03_critique_revision"]
     every = set().union(*inputs.values())
-    assert not any(f.startswith(("cai_utils/experiment/", "cai_utils/figures/")) for f in every)
+    assert not any(f.startswith("cai_utils/figures/") for f in every)
+    # What reads rows, picks values and says what a method learns from; not where results go.
+    counted = {f"cai_utils/experiment/{name}.py" for name in ("files", "params", "registry")}
+    assert {f for f in every if f.startswith("cai_utils/experiment/")} <= counted
 
 
 @pytest.mark.parametrize("file", ["07_sl_cai", "_common"])
@@ -257,6 +260,12 @@ def test_mistakes_are_one_clear_error(lab):
     stray.unlink()
     assert code != 0
     assert "55_unheard_of" in output and "NEEDS of the Snakefile" in output
+    grid = lab / "params" / "real" / "03_critique_revision.yaml"
+    for points in ("xs", "[a/../b]", "['{input}']", "[]"):
+        grid.write_text(f"grid: {{sizes: {points}}}\n")
+        code, output = snakemake(lab, profile="real")
+        assert code != 0 and "give a list of values" in output, output
+    grid.write_text("")
 
 
 def test_the_repository_itself_has_a_plan_for_each_of_its_profiles():
