@@ -39,7 +39,7 @@ def ingredients(root, notebook: str, profile: str, overrides: dict | None = None
     return {
         "params": {name: fingerprint.canonical(value, name) for name, value in params.items()},
         "code": code,
-        "files": {path.name: fingerprint.file_digest(path) for path in sorted(files)},
+        "files": {os.path.relpath(path, root): fingerprint.file_digest(path) for path in files},
         "policies": {p.name: [p.label, p.notebook, p.start, p.reward, p.trainer] for p in policies},
     }
 

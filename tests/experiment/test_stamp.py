@@ -141,3 +141,19 @@ def test_a_method_counts_with_its_row_of_the_registry(lab, monkeypatch):
     monkeypatch.setitem(registry.POLICIES, "hh_rlhf", dataclasses.replace(row, name="hh_rlhf"))
     monkeypatch.setitem(registry.POLICIES, "rl_cai", row)
     assert stamp.ingredients(lab, "09_rl", "mini") == before  # another method's row is no matter
+
+
+def test_own_files_of_one_name_are_told_apart(lab):
+    for folder in ("a", "b"):
+        (lab / folder).mkdir()
+        (lab / folder / "mine.jsonl").write_text(folder)
+    path = lab / "notebooks" / "03_chains.ipynb"
+    own = "n = ['a/mine.jsonl', 'b/mine.jsonl']"
+    path.write_text(path.read_text().replace("n = 1", own))
+    before = stamp.ingredients(lab, "03_chains", "mini")
+    assert {"a/mine.jsonl", "b/mine.jsonl"} <= set(before["files"])
+    for folder in ("a", "b"):
+        (lab / folder / "mine.jsonl").write_text("other")
+        after = stamp.ingredients(lab, "03_chains", "mini")
+        assert after["files"] != before["files"]
+        before = after
