@@ -5,6 +5,10 @@ the transcript of the paper (Bai et al. 2022, arXiv 2212.08073)::
 
     "\\n\\nHuman: ...\\n\\nAssistant: ..."
 
+One `{"role": "system", ...}` may stand before the first turn. A chat template that has that role
+renders it, `render` refuses any other; a transcript has no such turn and begins with its text, as
+a paragraph.
+
 Contents are written verbatim. Outer whitespace is removed where text becomes a message
 (`parse_transcript`, `with_response`), so that messages round-trip.
 """
@@ -13,30 +17,36 @@ from __future__ import annotations
 
 import re
 
+import jinja2
+
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
 # The transcript as a chat template, for tokenizers that are used in other tools. It ends a finished
 # conversation with eos, as training does (`tokens.encode`); `uses_transcript` recognises it.
 TEMPLATE = (
-    "{% for m in messages %}{{ '\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: ' }}"
+    "{% for m in messages %}{{ '\n\n' if m['role'] == 'system' else "
+    "'\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: ' }}"
     "{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}"
     "{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
 )
 
 _ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+_LEADS = {"system": "", **{role: f"{speaker}: " for role, speaker in SPEAKERS.items()}}
+_TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
 
 
 def transcript(messages, add_generation_prompt=False):
-    """Messages -> the paper's transcript, which begins with "\\n\\nHuman:".
+    """Messages -> the paper's transcript, which begins with "\\n\\nHuman:", or with the text of a
+    system message.
 
     With `add_generation_prompt` it ends in "\\n\\nAssistant:" without a trailing space: the
-    completion brings its own. ValueError on a role other than user or assistant, on an empty list,
-    and on a generation prompt asked for after an assistant message.
+    completion brings its own. ValueError on a role other than user or assistant (or system before
+    the first turn), on an empty list, and on a generation prompt asked for after an assistant
+    message.
     """
     _check(messages, add_generation_prompt)
-    text = "".join(f"\n\n{SPEAKERS[m['role']]}: {m['content']}" for m in messages)
+    text = "".join(f"\n\n{_LEADS[m['role']]}{m['content']}" for m in messages)
     return text + "\n\nAssistant:" if add_generation_prompt else text
 
 
@@ -72,16 +82,33 @@ def render(conversation, tokenizer, add_generation_prompt=True):
     """A conversation -> the text a model reads: its own chat template, else the transcript.
 
     A `str` passes through. For text that ends with a finished response (scoring, training) pass
-    `add_generation_prompt=False`. ValueError as in `transcript`.
+    `add_generation_prompt=False`. ValueError as in `transcript`, and for a system message that the
+    template leaves out, refuses, or gives to the user or the assistant.
     """
     if isinstance(conversation, str):
         return conversation
     _check(conversation, add_generation_prompt)
     if getattr(tokenizer, "chat_template", None):
+        if conversation[0]["role"] == "system":
+            _check_system(conversation[0]["content"], tokenizer)
         return tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     return transcript(conversation, add_generation_prompt)
+
+
+def _check_system(text, tokenizer):
+    def shown(role):
+        talk = [{"role": role, "content": text}, {"role": "user", "content": "?"}]
+        try:
+            return tokenizer.apply_chat_template(talk, tokenize=False)
+        except jinja2.TemplateError:
+            return ""
+
+    system = shown("system")
+    if text.strip() not in system or system in map(shown, SPEAKERS):
+        raise ValueError("this model's chat template has no system role: put the text of the "
+                         "system message into the first user turn, or leave it out")
 
 
 def with_response(prompt, text):
@@ -96,9 +123,11 @@ def _check(messages, add_generation_prompt):
     if not messages:
         raise ValueError("an empty conversation: give at least one message")
     for i, m in enumerate(messages):
-        if not isinstance(m, dict) or m.get("role") not in SPEAKERS or "content" not in m:
+        roles = {*SPEAKERS, "system"} if i == 0 and len(messages) > 1 else SPEAKERS
+        if not isinstance(m, dict) or m.get("role") not in roles or m.get("content") is None:
             raise ValueError(
-                f"message {i} is {m!r}: it needs 'content' and a 'role' of 'user' or 'assistant'"
+                f"message {i} is {m!r}: it needs 'content' and a 'role' of 'user' or 'assistant'; "
+                "a 'system' message may stand before the first turn"
             )
     if add_generation_prompt and messages[-1]["role"] == "assistant":
         raise ValueError(

@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from cai_utils.dialogue import parse_transcript, render, transcript, uses_transcript, with_response
+from cai_utils.dialogue import (
+    TEMPLATE,
+    parse_transcript,
+    render,
+    transcript,
+    uses_transcript,
+    with_response,
+)
 
 TALK = [
     {"role": "user", "content": "How do I bake bread?"},
@@ -111,3 +118,41 @@ def test_a_response_is_stripped_and_the_prompt_left_alone():
 def test_bad_conversations_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+SYSTEM = [{"role": "system", "content": "Be brief."}, *TALK]
+GEMMA = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+SILENT = (
+    "{% for m in messages %}{% if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_a_system_message_is_rendered_by_a_template_that_has_it():
+    assert render(SYSTEM[:2], tokenizer(CHATML)) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nHow do I bake bread?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert transcript(SYSTEM) == render(SYSTEM, tokenizer(), False) == "\n\nBe brief." + TEXT
+    assert render(SYSTEM, tokenizer(TEMPLATE), False) == "\n\nBe brief." + TEXT
+
+
+@pytest.mark.parametrize("template", [GEMMA + "{% endif %}" + CHATML, SILENT, TRANSCRIPT],
+                         ids=["refuses", "leaves it out", "takes it for the assistant's"])
+def test_a_template_without_a_system_role_is_refused(template):
+    assert render(TALK, tokenizer(template))
+    with pytest.raises(ValueError, match="no system role: put the text .* first user turn"):
+        render(SYSTEM, tokenizer(template))
+
+
+@pytest.mark.parametrize("messages", [SYSTEM[:1], [*TALK, SYSTEM[0], TALK[0]],
+                                      [{"role": "user", "content": None}]])
+def test_a_system_message_stands_first_and_a_content_is_there(messages):
+    with pytest.raises(ValueError, match="message [03] .*'system' message may stand before"):
+        transcript(messages)
+
+
+def test_windows_line_ends_part_turns_too():
+    windows = TEXT.replace("\n", "\r\n")
+    assert [m["role"] for m in parse_transcript(windows)] == ["user", "assistant", "user"]
+    assert parse_transcript(windows)[1]["content"] == "Mix flour and water.\r\n\r\nThen wait."

@@ -2,50 +2,115 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
 import os
 import uuid
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_rows(path) -> list[dict]:
-    """The rows of a .jsonl, .jsonl.gz, .csv or .parquet file.
+    """The rows of a .jsonl, .json, .csv or .parquet file; all but the last may be gzipped (.gz).
 
-    FileNotFoundError when it is missing; ValueError for another ending, and for a line that is not
-    a JSON object, with its number. Empty lines are skipped.
+    JSON: one object a line (empty lines are skipped), or one array of objects. Text is UTF-8, with
+    or without a byte order mark. FileNotFoundError when the file is missing; ValueError, naming the
+    file and where there is one the line, for another ending or encoding, a Git LFS pointer, a
+    damaged file, and a line that is not a JSON object or has more cells than the CSV has columns.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
-    name = path.name.lower()
-    if name.endswith(".csv"):
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file))
-    if name.endswith(".parquet"):
-        import pyarrow.parquet
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder, not a file of rows")
+    refuse_pointer(path)
+    name, gzipped = path.name.lower().removesuffix(".gz"), path.name.lower().endswith(".gz")
+    if name.endswith(".parquet") and not gzipped:
+        return _parquet_rows(path)
+    if not name.endswith((".jsonl", ".json", ".csv")):
+        raise ValueError(f"{path}: cannot read this kind of file; give .jsonl, .json or .csv (these "
+                         "may be gzipped), or .parquet")
+    opener, read = gzip.open if gzipped else open, _csv_rows if name.endswith(".csv") else _json_rows
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="" if read is _csv_rows else None) as f:
+            return read(f, path)
+    except UnicodeDecodeError:
+        with opener(path, "rb") as file:
+            raise ValueError(_not_utf8(path, file)) from None
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
 
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if not name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"{path}: cannot read this kind of file; give .jsonl, .jsonl.gz, .csv or "
-                         ".parquet")
+
+def refuse_pointer(path) -> None:
+    """ValueError where a file is the pointer that Git LFS leaves in place of the file itself."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` "
+                             "in its repository, or download the file")
+
+
+def _json_rows(file, path):
     rows = []
-    with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: a row has to be a JSON object")
-            rows.append(row)
+    for number, line in enumerate(file, 1):
+        line = line.lstrip("\ufeff")  # joined files have byte order marks inside, too
+        if not line.strip():
+            continue
+        array = not rows and line.lstrip().startswith("[")
+        try:
+            found = json.loads(line + file.read() if array else line)
+        except json.JSONDecodeError as error:
+            why = "it looks like UTF-16: save it as UTF-8" if "\0" in line else error
+            raise ValueError(
+                f"{path}, line {number + error.lineno - 1}: not valid JSON ({why})") from error
+        rows += found if array else [found]
+        wrong = [i for i, row in enumerate(rows if array else rows[-1:]) if not isinstance(row, dict)]
+        if wrong:
+            entry = f"; entry {wrong[0]} of this array is none" if array else ""
+            raise ValueError(f"{path}, line {number}: a row has to be a JSON object{entry}")
     return rows
+
+
+def _csv_rows(file, path):
+    csv.field_size_limit(2**31 - 1)  # a long conversation is one cell
+    reader, rows = csv.DictReader(file), []
+    try:
+        for row in reader:
+            if any(row.pop(None, ())):
+                raise ValueError(f"{path}, line {reader.line_num}: more cells than the "
+                                 f"{len(reader.fieldnames)} columns; quote texts with commas")
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
+    if rows and "\0" in "".join(reader.fieldnames):
+        raise ValueError(f"{path}, line 1: it looks like UTF-16: save it as UTF-8")
+    return rows
+
+
+def _parquet_rows(path):
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a whole Parquet file ({error}); fetch it again") from None
+
+
+def _not_utf8(path, file):
+    """The message for a file whose text is not UTF-8: its first such line, and what it may be."""
+    for number, line in enumerate(file, 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            utf16 = b"\0" in line or line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            return (f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x}); it looks "
+                    f"like {'UTF-16' if utf16 else 'Latin-1 or Windows-1252'}: save it as UTF-8")
+    return f"{path}: not UTF-8: save it as UTF-8"
 
 
 def write_rows(path, rows) -> None:
