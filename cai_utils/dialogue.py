@@ -20,6 +20,7 @@ import re
 import jinja2
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+ROLES = ("system", *SPEAKERS)
 
 # The transcript as a chat template, for tokenizers that are used in other tools. It ends a finished
 # conversation with eos, as training does (`tokens.encode`); `uses_transcript` recognises it.
@@ -123,7 +124,7 @@ def _check(messages, add_generation_prompt):
     if not messages:
         raise ValueError("an empty conversation: give at least one message")
     for i, m in enumerate(messages):
-        roles = {*SPEAKERS, "system"} if i == 0 and len(messages) > 1 else SPEAKERS
+        roles = ROLES if i == 0 and len(messages) > 1 else SPEAKERS
         if not isinstance(m, dict) or m.get("role") not in roles or m.get("content") is None:
             raise ValueError(
                 f"message {i} is {m!r}: it needs 'content' and a 'role' of 'user' or 'assistant'; "

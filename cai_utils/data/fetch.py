@@ -48,6 +48,7 @@ PAPER_SHA256 = {
     "samples/LAMDA_SLMADISON.jsonl":
         "200d08a1a8565aefb4cc00a9608ec077c965ec6f803ad84ac7c3a490e6f2da35",
 }
+PAPER_EVALS = ("438HHHEvaluations", "HarmfulVsEthical", "HarmfulnessClassification")
 
 # The prompts come from a later commit than the completions: it added their labels.
 XSTEST_URL = "https://raw.githubusercontent.com/paul-rottger/exaggerated-safety/"

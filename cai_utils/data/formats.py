@@ -2,18 +2,16 @@
 Rows), and the entries of a constitution.
 
 Each kind is a `TypedDict` that pydantic validates. A row stays a plain dict: `validate` fills in
-defaults, turns what a file may write in another way (a transcript, one user's text, JSON in a CSV
-cell) into messages, and keeps fields that the kind does not name. A fault is a ValueError of one
-line that names the place, the field and the value.
+defaults, turns what a file may write in another way into messages (`conversations`), and keeps
+fields that the kind does not name. A fault is a ValueError of one line that names the place, the
+field and the value.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import numbers
-import re
 from typing import Annotated, Any, Literal, NotRequired, get_args, get_origin
 
 from pydantic import (
@@ -27,18 +25,7 @@ from pydantic import (
 from typing_extensions import TypedDict, get_type_hints, is_typeddict
 
 from cai_utils import dialogue
-
-AXES = ("helpful", "harmless")
-
-
-def _decoded(value):
-    """Lists and messages that a CSV cell holds as JSON text."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return value
+from cai_utils.data import conversations
 
 
 def _ends_with_user(messages):
@@ -46,31 +33,9 @@ def _ends_with_user(messages):
         dialogue.transcript(messages, add_generation_prompt=True)
     except (TypeError, ValueError) as error:
         raise ValueError(f"prompt: {error}") from error
+    if not str(messages[-1]["content"]).strip():
+        raise ValueError("'prompt' is empty: nothing in its last message")
     return messages
-
-
-def _as_prompt(value):
-    value = _decoded(value)
-    if not value:
-        raise ValueError("missing field 'prompt'")
-    if isinstance(value, str):
-        if not re.match(r"\s*Human:", value):
-            return [{"role": "user", "content": value}]
-        try:
-            return dialogue.parse_transcript(value)
-        except ValueError as error:
-            raise ValueError(f"prompt: {error}") from error
-    return value
-
-
-def _as_response(value, info):
-    value = _decoded(value)
-    if isinstance(value, str) and value.strip():
-        return [{"role": "assistant", "content": value.strip()}]
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        if value[0].get("role") == "assistant" and value[0].get("content"):
-            return value
-    raise ValueError(f"'{info.field_name}' has to be one assistant message or its text")
 
 
 def _as_label(value):
@@ -85,8 +50,11 @@ def _as_label(value):
 
 def _as_axis(value, info):
     axis = value or (info.context or {}).get("axis")
-    if axis not in AXES:
-        raise ValueError(f"'axis' is {axis!r}: give 'helpful' or 'harmless'")
+    if axis is None:
+        raise ValueError("missing field 'axis', what is judged: give the rows one, or "
+                         "axis='helpful' (or any other name) for all")
+    if not isinstance(axis, str) or not axis.strip():
+        raise ValueError(f"'axis' is {axis!r}: give a text such as 'helpful'")
     return axis
 
 
@@ -104,10 +72,9 @@ def _finite(value):
     return value
 
 
-Messages = Annotated[list, BeforeValidator(_as_prompt), AfterValidator(_ends_with_user)]
-Response = Annotated[
-    list, BeforeValidator(_as_response), Field(description="one assistant message or its text")]
-Options = Annotated[list[str], BeforeValidator(_decoded),
+Messages = Annotated[
+    list, BeforeValidator(conversations.prompt_of), AfterValidator(_ends_with_user)]
+Options = Annotated[list[str], BeforeValidator(conversations.listed),
                     Field(min_length=1, description='a list like [" (A)"]')]
 OrNone = BeforeValidator(lambda value: value or None)
 
@@ -120,11 +87,11 @@ class Prompt(TypedDict):
 
 
 class Comparison(TypedDict):
-    """Two responses to one prompt, in trl's preference format."""
+    """Two responses to one prompt, in trl's preference format (`conversations.pair`)."""
 
     prompt: Messages
-    chosen: Response
-    rejected: Response
+    chosen: list
+    rejected: list
     p_chosen: Annotated[float, BeforeValidator(_as_label), Field(default=1.0)]
     source: Annotated[Any, BeforeValidator(lambda value: value or "human"), Field(default="human")]
     axis: Annotated[Any, BeforeValidator(_as_axis), Field(default=None, validate_default=True)]
@@ -242,14 +209,21 @@ def _adapter(kind):
 
 def validate(kind, row, where, **context) -> dict:
     """The row with the fields of its kind validated: the row's own fields in their order, then the
-    defaults of those that it lacks. ValueError that begins with `where` (a file and row).
+    defaults of those that it lacks. ValueError that begins with `where` (a file and row);
+    `conversations.Malformed` as it is.
 
     context: values for fields that a row may leave to its caller (`axis` of a Comparison).
     """
     try:
+        if kind is Comparison:
+            row = {**row, **conversations.pair(row)}
         return {**row, **_adapter(kind).validate_python(row, context=context)}
+    except conversations.Malformed:
+        raise
     except ValidationError as error:
         raise ValueError(f"{where}: {_fault(kind, error, row)}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _fields(kind, path):
@@ -302,12 +276,15 @@ def _fault(kind, error, data):
 def trainable(row):
     """(comparison as a preference model trains on it, None), or (None, what is wrong with it).
 
-    Fields: prompt, chosen, rejected, p_chosen and weight (1 where missing). Unlike `Comparison`, a
-    prompt may begin with a system message, labels lie in 0..1, and a row without `prompt` whose
-    responses are whole conversations (trl's implicit prompt) gets the turns they share as prompt.
+    Fields: prompt, chosen, rejected, p_chosen and weight (1 where missing). Unlike `Comparison`,
+    labels lie in 0..1, and the reasons are few, so that rows can be counted by them. A row without
+    `prompt` whose responses are whole conversations (trl's implicit prompt) gets the turns they
+    share as prompt.
     """
+    if not isinstance(row, dict):
+        return None, "not a row with fields"
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if not isinstance(chosen, list) or not isinstance(rejected, list):
+    if not _are_messages(chosen) or not _are_messages(rejected):
         return None, "'chosen' and 'rejected' must be lists of messages"
     if not prompt:
         shared = 0
@@ -316,14 +293,18 @@ def trainable(row):
         if chosen and chosen == rejected:
             return None, "the two answers are identical"
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    if not prompt or prompt[-1].get("role") != "user":
+    elif not _are_messages(prompt):
+        return None, "'prompt' must be a list of messages"
+    if not prompt or prompt[-1]["role"] != "user":
         return None, "no common prompt that ends with a user turn"
-    roles = [turn.get("role") for turn in prompt]
+    if any(turn.get("content") is None for turn in prompt) or not prompt[-1]["content"].strip():
+        return None, "an empty prompt"
+    roles = [turn["role"] for turn in prompt]
     roles = roles[roles[0] == "system" :]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         return None, "the prompt's turns are not user, assistant, ..., user in turn"
     for response in (chosen, rejected):
-        if len(response) != 1 or response[0].get("role") != "assistant":
+        if len(response) != 1 or response[0]["role"] != "assistant":
             return None, "an answer is not one assistant turn after the common prompt"
         if not (response[0].get("content") or "").strip():
             return None, "an empty answer"
@@ -331,9 +312,16 @@ def trainable(row):
         return None, "the two answers are identical"
     p, weight = row.get("p_chosen"), row.get("weight")
     p, weight = 1.0 if p is None else p, 1.0 if weight is None else weight
-    if not 0 <= p <= 1:
+    if not isinstance(p, numbers.Real) or not 0 <= p <= 1:
         return None, "p_chosen is not a probability"
-    if not 0 <= weight < math.inf:
+    if not isinstance(weight, numbers.Real) or not 0 <= weight < math.inf:
         return None, "weight is not a number from 0 up"
     return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected,
             "p_chosen": float(p), "weight": float(weight)}, None
+
+
+def _are_messages(value):
+    """A list of messages whose contents are texts, or None."""
+    return isinstance(value, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str | None) for turn in value)

@@ -8,98 +8,68 @@ to different prompts.
 from __future__ import annotations
 
 import re
-import warnings
-from collections import Counter
+from pathlib import Path
 
 from cai_utils import dialogue
+from cai_utils.data.conversations import Malformed, usable, whole
 
-SPLITS = {"train": "train", "test": "eval"}  # hh-rlhf's names -> ours
+SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+SPLITS = {r"\btrain\b": "train", r"\btest\b": "eval"}  # hh-rlhf's names -> ours
 
 
 def recognise(rows) -> bool:
-    """Whether the rows are hh-rlhf's: whole transcripts, and no `prompt` field."""
-    return "prompt" not in rows[0] and all(
-        isinstance(rows[0].get(k), str) for k in ("chosen", "rejected")
-    )
+    """Whether the rows are hh-rlhf's: pairs of whole transcripts, and no prompts."""
+    return not any(row.get("prompt") for row in rows) and any(
+        all(re.match(r"\s*Human:", row[side]) if isinstance(row.get(side), str) else False
+            for side in ("chosen", "rejected")) for row in rows)
+
+
+def named(where, patterns):
+    """The first of `patterns` found in the name of a file, or else of its folder; or None.
+
+    hh-rlhf's files are <subset>/<split>; folders above them are the user's.
+    """
+    found = (p for part in reversed(Path(where).parts[-2:]) for p in patterns
+             if re.search(p, part.lower()))
+    return next(found, None)
 
 
 def comparisons(rows, where, axis, strict):
     """hh-rlhf's transcripts as comparisons; malformed rows are skipped with a warning.
 
-    `where`: the spec or file, whose name holds the split; `axis`: "helpful" or "harmless", None for
+    `where`: the spec or file, whose name holds the split; `axis`: what they judge, None for
     prompts. With `strict`, ValueError with the line of the first malformed row.
     """
-    split = next((ours for theirs, ours in SPLITS.items() if re.search(rf"\b{theirs}\b", where)),
-                 None)
-    out, malformed = [], Counter()
-    for i, row in enumerate(rows):
-        try:
-            prompt, chosen, rejected = _pair(row)
-        except ValueError as error:
-            if strict:
-                raise ValueError(f"{where}, line {i + 1}: {error}") from error
-            malformed[str(error)] += 1
-            continue
-        out.append({
-            "id": str(i), "prompt": prompt, "chosen": chosen, "rejected": rejected,
-            "p_chosen": 1.0, "source": "human", "axis": axis, "principle": None, "split": split,
-        })
-    _warn(malformed, where, len(rows))
-    return out
+    split = SPLITS.get(named(where, SPLITS))
+
+    def comparison(i, row):
+        pair = whole(*(_transcript(row.get(side)) for side in ("chosen", "rejected")))
+        return {"id": str(i), **pair, "p_chosen": 1.0, "source": "human", "axis": axis,
+                "principle": None, "split": split}
+
+    return usable(rows, comparison, where, strict, "line")
 
 
 def red_team_prompts(rows, where, strict):
-    """Transcripts of red-teaming as prompts: the conversation up to the last human turn; malformed
-    rows as in `comparisons`."""
-    out, malformed = [], Counter()
-    for i, row in enumerate(rows):
-        try:
-            try:
-                messages = dialogue.parse_transcript(row["transcript"])
-            except (AttributeError, KeyError, TypeError, ValueError):
-                raise ValueError("a text that is not a transcript") from None
-            while messages and messages[-1]["role"] != "user":
-                messages.pop()
-            roles = [m["role"] for m in messages]
-            if not messages or not messages[-1]["content"]:
-                raise ValueError("no human turn")
-            if roles[0] != "user" or any(a == b for a, b in zip(roles, roles[1:], strict=False)):
-                raise ValueError("two turns of one role in a row")
-        except ValueError as error:
-            if strict:
-                raise ValueError(f"{where}, row {i + 1}: {error}") from error
-            malformed[str(error)] += 1
-            continue
-        out.append({"id": str(i), **{k: v for k, v in row.items() if k != "transcript"},
-                    "prompt": messages})
-    _warn(malformed, where, len(rows))
-    return out
+    """Transcripts of red-teaming as prompts: the conversation up to the last human turn that says
+    something; malformed rows as in `comparisons`."""
+    def prompt(i, row):
+        messages = _transcript(row.get("transcript"))
+        while messages and (messages[-1]["role"] != "user" or not messages[-1]["content"]):
+            messages.pop()
+        if not messages:
+            raise Malformed("no human turn")
+        roles = [m["role"] for m in messages]
+        if roles[0] != "user" or any(a == b for a, b in zip(roles, roles[1:], strict=False)):
+            raise Malformed("two turns of one role in a row")
+        return {"id": str(i), **{k: v for k, v in row.items() if k != "transcript"},
+                "prompt": messages}
+
+    return usable(rows, prompt, where, strict)
 
 
-def _warn(malformed, where, n):
-    """Warn of the rows that were skipped, with how many of each kind."""
-    if malformed:
-        kinds = ", ".join(f"{count} with {kind}" for kind, count in sorted(malformed.items()))
-        warnings.warn(f"{where}: skipped {sum(malformed.values())} of {n} rows: {kinds}",
-                      stacklevel=4)
-
-
-def _pair(row):
-    """(prompt, chosen, rejected) of one hh-rlhf row; ValueError with what is wrong with it."""
-    pair = []
-    for side in ("chosen", "rejected"):
-        try:
-            messages = dialogue.parse_transcript(row[side])
-        except (KeyError, TypeError, ValueError):
-            raise ValueError("a text that is not a transcript") from None
-        # parse_transcript drops an empty last assistant turn; the one before it may be empty too.
-        if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
-            raise ValueError("an empty last answer")
-        pair.append(messages)
-    chosen, rejected = pair
-    if chosen[:-1] != rejected[:-1]:
-        raise ValueError("no common prompt")
-    roles = [m["role"] for m in chosen]
-    if roles[0] != "user" or any(a == b for a, b in zip(roles, roles[1:], strict=False)):
-        raise ValueError("two turns of one role in a row")
-    return chosen[:-1], chosen[-1:], rejected[-1:]
+def _transcript(text):
+    try:
+        return dialogue.parse_transcript(text)
+    except (AttributeError, TypeError, ValueError):
+        raise Malformed("a text that is not a transcript") from None

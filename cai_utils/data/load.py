@@ -2,7 +2,10 @@
 
 A `spec` names where rows come from:
 
-- a file: .jsonl, .jsonl.gz, .csv or .parquet, with the fields of the row kinds below;
+- a file: .jsonl, .json, .csv (these also with .gz behind it) or .parquet, with the fields of the
+  row kinds below, in any of the forms of `conversations`;
+- a data set of the Hugging Face hub, `ORG/NAME`, `ORG/NAME#SPLIT`, or a folder of data files, as
+  `hub` reads them;
 - `hh-rlhf/<subset>/<split>`, for example `hh-rlhf/harmless-base/test`: the human comparisons of
   Anthropic/hh-rlhf, from the folder that the environment variable CAI_DATA_DIR names
   (`$CAI_DATA_DIR/hh-rlhf/harmless-base/test.jsonl.gz`), else from the Hugging Face hub;
@@ -23,43 +26,50 @@ random from the seed, in file order.
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import os
 import random
 import re
 
-from cai_utils.data import formats, hh_rlhf
-from cai_utils.data.fetch import local, paper_file, xstest_file
+from cai_utils.data import conversations, formats, hh_rlhf, hub
+from cai_utils.data.fetch import PAPER_EVALS, local, paper_file, xstest_file
 from cai_utils.experiment.files import read_rows
 
 
 def load_prompts(spec, split=None, limit=None, seed=0, strict=False) -> list[dict]:
     """Prompts: {"id", "prompt": messages ending with the user's, ...other fields of the file}.
 
-    A file's `prompt` may be messages, a transcript ("\\n\\nHuman: ..."; a generation prompt at its
-    end is dropped), or the text of one user turn. From hh-rlhf the prompt is what chosen and
-    rejected have in common: their messages up to the last human turn; malformed rows as in
-    `load_comparisons`. From red-team-attempts it is the row's `transcript` up to the last human
-    turn; other fields (`rating`, `task_description`, `tags`, ...) are kept, and rows without a
-    human turn or with two turns of one role in a row are skipped with a count. They have no split.
+    A file's `prompt` may be messages (a system message first, or none), a transcript
+    ("\\n\\nHuman: ..."; a generation prompt at its end is dropped), or the text of one user turn.
+    Without one, it is what `chosen` and `rejected` have in common: their messages up to the last
+    human turn; malformed rows as in `load_comparisons`. From red-team-attempts it is the row's
+    `transcript` up to the last human turn that is not empty; other fields (`rating`,
+    `task_description`, `tags`, ...) are kept, and rows without a human turn or with two turns of
+    one role in a row are skipped with a count. They have no split.
     `split` keeps "train" or "eval" rows.
 
     ValueError, naming file and row, for a prompt that is missing or does not end with the user.
     """
     spec, part = _for_split(spec, split)
-    rows, where = _open(spec)
+    rows, where = _open(spec, split)
     if hh_rlhf.recognise(rows):
         rows = [
             {"id": row["id"], "prompt": row["prompt"], "split": row["split"]}
             for row in hh_rlhf.comparisons(rows, where, None, strict)
         ]
-    elif rows and "prompt" not in rows[0] and "transcript" in rows[0]:
+    elif not _has(rows, "prompt") and _has(rows, "transcript"):
         rows = hh_rlhf.red_team_prompts(rows, where, strict)
     else:
-        rows = [formats.validate(formats.Prompt, {"id": i, **row}, f"{where}, row {i + 1}")
-                for i, row in enumerate(rows)]
+        pairs = not _has(rows, "prompt") and _has(rows, "chosen") and _has(rows, "rejected")
+        _need(rows, where, *(("chosen", "rejected") if pairs else ("prompt",)))
+
+        def prompt(i, row):
+            row = {"id": i, **row}
+            if row["id"] in (None, "") or row["id"] != row["id"]:  # null or NaN would name them all
+                row["id"] = i
+            return formats.validate(formats.Prompt, row, f"{where}, row {i + 1}")
+
+        rows = conversations.usable(rows, prompt, where, strict)
     return _choose(rows, where, split, limit, seed, part)
 
 
@@ -67,27 +77,28 @@ def load_comparisons(spec, split=None, limit=None, seed=0, axis=None, strict=Fal
     """Comparisons: `prompt`, `chosen`, `rejected` (messages), `p_chosen`, `source`, `axis`,
     `principle`, `split` (ARCHITECTURE.md, Rows; trl's preference format).
 
-    hh-rlhf rows (`chosen` and `rejected` transcripts) become human comparisons with p_chosen = 1,
-    the axis taken from the subset's name unless `axis` gives it. Malformed rows of hh-rlhf, those
-    with an empty last answer, with two turns of one role in a row, or without a common prompt, are
-    **skipped**, and a warning counts each kind; with `strict=True` the first one raises ValueError
-    with its line number.
+    Rows need `chosen` and `rejected`, and `prompt` unless these are whole conversations; p_chosen
+    defaults to 1, source to "human". `axis`, any text, is what they judge: that of rows that name
+    none. hh-rlhf rows (`chosen` and `rejected` transcripts) take it from the subset's name unless
+    it is given. Whole conversations that are malformed, those with an empty last answer, with two
+    turns of one role in a row, or without a common prompt, are **skipped**, and a warning counts
+    each kind; with `strict=True` the first one raises ValueError with its number.
 
-    Rows of other files need `prompt`, `chosen`, `rejected`; p_chosen defaults to 1, source to
-    "human". ValueError, naming file and row, for what is missing or out of range.
+    ValueError, naming file and row, for what is missing or out of range. A pair of two equal
+    answers is kept here; `comparisons.check` finds it.
     """
     spec, part = _for_split(spec, split)
-    rows, where = _open(spec)
+    rows, where = _open(spec, split)
     if hh_rlhf.recognise(rows):
-        if axis is None:
-            axis = next((a for a in ("helpful", "harmless") if a in where.lower()), None)
-        if axis not in formats.AXES:
-            raise ValueError(f"{where}: name what these comparisons judge: axis='helpful' or "
-                             "axis='harmless'")
+        axis = axis or hh_rlhf.named(where, ("helpful", "harmless"))
+        if not axis:
+            raise ValueError(f"{where}: name what these comparisons judge: axis='helpful', "
+                             "axis='harmless' or another")
         rows = hh_rlhf.comparisons(rows, where, axis, strict)
     else:
-        rows = [formats.validate(formats.Comparison, row, f"{where}, row {i + 1}", axis=axis)
-                for i, row in enumerate(rows)]
+        _need(rows, where, "chosen", "rejected")
+        rows = conversations.usable(rows, lambda i, row: formats.validate(
+            formats.Comparison, row, f"{where}, row {i + 1}", axis=axis), where, strict)
     return _choose(rows, where, split, limit, seed, part)
 
 
@@ -102,7 +113,8 @@ def load_questions(spec, limit=None, seed=0) -> list[dict]:
     ValueError, naming file and row, for a missing field or an option both right and wrong.
     """
     spec, part = _for_split(spec, None)
-    rows, where = _open(spec)
+    rows, where = _open(spec, None)
+    _need(rows, where, "prompt", "corrects", "incorrects")
     out = []
     for i, row in enumerate(rows):
         at = f"{where}, row {i + 1}"
@@ -142,71 +154,88 @@ def _sliced(spec) -> tuple[str, slice | None]:
     return found[1], slice(*(int(end) if end else None for end in ends.groups()))
 
 
-def _open(spec) -> tuple[list[dict], str]:
+def _has(rows, field):
+    return any(row.get(field) is not None for row in rows)
+
+
+def _need(rows, where, *fields):
+    """ValueError where no row has a field, with those that there are."""
+    for field in fields:
+        if not any(field in row for row in rows):
+            there = ", ".join(dict.fromkeys(name for row in rows for name in row))
+            raise ValueError(f"{where}: missing column {field!r}; there are: {there}")
+
+
+def _open(spec, split) -> tuple[list[dict], str]:
     """The raw rows of a spec, and its name in messages."""
     if spec.startswith("paper/"):
-        path = paper_file(f"evals/{spec.removeprefix('paper/')}.jsonl")
-        return read_rows(path), str(path)
-    if re.fullmatch(r"hh-rlhf/[\w-]+/(train|test)", spec):
-        return _hh_source(spec)
-    if spec == "hh-rlhf/red-team-attempts":
-        return _red_team_source(spec)
-    if spec in ("xstest/prompts", "xstest/safe", "xstest/unsafe"):
-        path, label = xstest_file("xstest_prompts.csv"), spec.removeprefix("xstest/")
-        kinds = {"safe": "sensitive", "unsafe": "redteam"}
-        rows = [{"kind": kinds.get(row.get("label")), **row} for row in read_rows(path)]
-        rows = [row for row in rows if label in ("prompts", row.get("label"))]
-        if not rows:
-            raise ValueError(f"{path}: no row is labelled {label}")
-        return rows, str(path)
-    if spec.startswith("xstest/"):
+        rows, where = _paper(spec)
+    elif spec.startswith("hh-rlhf/"):
+        rows, where = _hh_source(spec)
+    elif spec.startswith("xstest/"):
+        rows, where = _xstest(spec)
+    elif hub.recognise(spec):
+        rows, where = hub.read(spec, split), spec
+    else:
+        rows, where = read_rows(spec), spec
+        if rows and {"prompt", "label", "focus", "note"} <= {*rows[0]}:
+            rows = _with_kinds(rows)
+    if not rows:
+        raise ValueError(f"{where}: the file has no rows")
+    return rows, where
+
+
+def _paper(spec):
+    name = spec.removeprefix("paper/").removesuffix(".jsonl")
+    try:
+        path = paper_file(f"evals/{name}.jsonl")
+    except FileNotFoundError as error:
+        if name in PAPER_EVALS:
+            raise
+        raise FileNotFoundError(f"{error}. The paper's questions are: "
+                                f"{', '.join(f'paper/{known}' for known in PAPER_EVALS)}") from None
+    return read_rows(path), str(path)
+
+
+def _xstest(spec):
+    label = spec.removeprefix("xstest/")
+    if label not in ("prompts", "safe", "unsafe"):
         raise ValueError(f"{spec!r}: as prompts there are xstest/prompts, xstest/safe and "
                          "xstest/unsafe; the completions of a model are read by "
                          "xstest.load_completions")
-    if spec.startswith("hh-rlhf/"):
-        raise ValueError(f"{spec!r}: write hh-rlhf/<subset>/<train or test>, for example "
-                         "hh-rlhf/harmless-base/test, or hh-rlhf/red-team-attempts")
-    rows = read_rows(spec)
+    path = xstest_file("xstest_prompts.csv")
+    rows = [row for row in _with_kinds(read_rows(path)) if label in ("prompts", row.get("label"))]
     if not rows:
-        raise ValueError(f"{spec}: the file has no rows")
-    return rows, spec
+        raise ValueError(f"{path}: no row is labelled {label}")
+    return rows, str(path)
+
+
+def _with_kinds(rows):
+    """XSTest's prompts with our `kind`."""
+    kinds = {"safe": "sensitive", "unsafe": "redteam"}
+    return [{"kind": kinds.get(row.get("label")), **row} for row in rows]
 
 
 def _hh_source(spec):
-    for path in filter(None, (local(spec + ending) for ending in (".jsonl.gz", ".jsonl"))):
-        return read_rows(path), str(path)
-    _, subset, split = spec.split("/")
-    return _from_hub(spec, subset, split, f"{spec}.jsonl.gz"), spec
-
-
-def _red_team_source(spec):
-    """The raw rows of red-team-attempts: one JSON object a line, or one JSON array as a whole."""
-    name = f"{spec}/red_team_attempts.jsonl"
+    _, subset, *split = spec.split("/")
+    attempts = spec == "hh-rlhf/red-team-attempts"
+    known = f"its subsets are {', '.join(hh_rlhf.SUBSETS)}"
+    if not attempts and split not in (["train"], ["test"]):
+        raise ValueError(f"{spec!r}: write hh-rlhf/<subset>/<train or test>, for example "
+                         f"hh-rlhf/harmless-base/test, or hh-rlhf/red-team-attempts; {known}")
+    name = f"{spec}/red_team_attempts.jsonl" if attempts else f"{spec}.jsonl"
     for path in filter(None, (local(name + ending) for ending in (".gz", ""))):
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
-            text = f.read()
-        rows = json.loads(text) if text.lstrip().startswith("[") else read_rows(path)
-        return rows, str(path)
-    return _from_hub(spec, "red-team-attempts", "train", f"{name}.gz"), spec
-
-
-def _from_hub(spec, subset, split, file):
-    import datasets
-
-    try:
-        return datasets.load_dataset("Anthropic/hh-rlhf", data_dir=subset, split=split).to_list()
-    except Exception as error:  # offline, unknown subset, hub down: one message for the user
-        folder = os.environ.get("CAI_DATA_DIR") or "unset"
-        raise FileNotFoundError(
-            f"{spec}: not in CAI_DATA_DIR ({folder}) and not loaded from the hub "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Set CAI_DATA_DIR to "
-            f"a folder that holds {file}, or go online"
-        ) from error
+        return read_rows(path), str(path)
+    folder = os.environ.get("CAI_DATA_DIR") or "unset"
+    mend = (f"set CAI_DATA_DIR ({folder}) to a folder that holds {name}.gz, or go online"
+            + f"; {known}, and hh-rlhf/red-team-attempts" * (subset not in hh_rlhf.SUBSETS))
+    return hub.fetch(spec, "load_dataset", "Anthropic/hh-rlhf", data_dir=subset,
+                     split=split[0] if split else "train", mend=mend).to_list(), spec
 
 
 def _choose(rows, where, split, limit, seed, part=None):
     """The rows of a split, and `limit` of them at random, in file order."""
-    if split is not None and split not in hh_rlhf.SPLITS.values():
+    if split is not None and split not in ("train", "eval"):
         raise ValueError(f"split={split!r}: give 'train' or 'eval'")
     if part:
         kept = [{**row, "split": split or row.get("split")} for row in rows[part]]

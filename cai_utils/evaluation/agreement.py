@@ -18,10 +18,13 @@ def by_truth(comparisons, judge, axis=None) -> list[dict]:
     """Comparisons as the ground truth labels them: p_chosen 1, source "truth".
 
     Each row is judged by `axis` ("helpful": more helpful is better, "harmless": less harm is), or
-    by its own where None. Rows in which the truth sees no difference are left out.
+    by its own where None. Rows in which the truth sees no difference, and those of other axes, of
+    which it knows nothing, are left out.
     """
     measures, out = {"helpful": ("helpfulness", 1), "harmless": ("harm", -1)}, []
     for row in comparisons:
+        if (axis or row["axis"]) not in measures:
+            continue
         measure, sign = measures[axis or row["axis"]]
         chosen, rejected = (sign * judge(row["prompt"] + row[side])[measure]
                             for side in ("chosen", "rejected"))
@@ -104,6 +107,10 @@ def pm_agreement(scorers, tests) -> pd.DataFrame:
 def evaluate(scorer, rows, bins=10, seed=0):
     """How well a PM agrees with comparisons: the labels of people, or of the feedback model.
 
+    Rows that say nothing of a preference (two equal answers, an empty one; `comparisons.check`)
+    are left out, and their number is printed: this runs after a long training. ValueError only
+    where no row is left.
+
     Returns a dict:
     - accuracy, ci_low, ci_high, n: fraction of rows where the PM prefers the answer that the label
       prefers, bootstrapped over prompts; equal scores, and labels of exactly 1/2, count 1/2;
@@ -114,7 +121,7 @@ def evaluate(scorer, rows, bins=10, seed=0):
     - by: DataFrame(source, axis, accuracy, n);
     - scores: DataFrame(axis, mean, std, n) over both answers.
     """
-    rows = check(rows)
+    rows = check(rows, on_bad="skip")
     both = [r["prompt"] + r[side] for side in ("chosen", "rejected") for r in rows]
     scores = scorer.score(both).reshape(2, -1)
     d = scores[0] - scores[1]

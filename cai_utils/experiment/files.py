@@ -30,16 +30,18 @@ def read_rows(path) -> list[dict]:
     if path.is_dir():
         raise ValueError(f"{path}: a folder, not a file of rows")
     refuse_pointer(path)
-    name, gzipped = path.name.lower().removesuffix(".gz"), path.name.lower().endswith(".gz")
-    if name.endswith(".parquet") and not gzipped:
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         return _parquet_rows(path)
+    opener = gzip.open if name.endswith(".gz") else open
+    name = name.removesuffix(".gz")
     if not name.endswith((".jsonl", ".json", ".csv")):
-        raise ValueError(f"{path}: cannot read this kind of file; give .jsonl, .json or .csv (these "
-                         "may be gzipped), or .parquet")
-    opener, read = gzip.open if gzipped else open, _csv_rows if name.endswith(".csv") else _json_rows
+        raise ValueError(f"{path}: cannot read this kind of file; give .jsonl, .json or .csv, also "
+                         "with .gz behind it, or .parquet")
+    read, newline = (_csv_rows, "") if name.endswith(".csv") else (_json_rows, None)
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="" if read is _csv_rows else None) as f:
-            return read(f, path)
+        with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+            return read(file, path)
     except UnicodeDecodeError:
         with opener(path, "rb") as file:
             raise ValueError(_not_utf8(path, file)) from None
@@ -48,11 +50,16 @@ def read_rows(path) -> list[dict]:
 
 
 def refuse_pointer(path) -> None:
-    """ValueError where a file is the pointer that Git LFS leaves in place of the file itself."""
-    with open(path, "rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise ValueError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` "
-                             "in its repository, or download the file")
+    """ValueError where a file, or one in a folder, is the pointer that Git LFS leaves in place of
+    the file itself."""
+    path = Path(path)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not file.is_file() or file.stat().st_size > 1024:  # a pointer has three short lines
+            continue
+        with open(file, "rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise ValueError(f"{file}: a Git LFS pointer, not the file itself: run `git lfs "
+                                 "pull` in its repository, or download the file")
 
 
 def _json_rows(file, path):
@@ -61,19 +68,27 @@ def _json_rows(file, path):
         line = line.lstrip("\ufeff")  # joined files have byte order marks inside, too
         if not line.strip():
             continue
-        array = not rows and line.lstrip().startswith("[")
-        try:
-            found = json.loads(line + file.read() if array else line)
-        except json.JSONDecodeError as error:
-            why = "it looks like UTF-16: save it as UTF-8" if "\0" in line else error
-            raise ValueError(
-                f"{path}, line {number + error.lineno - 1}: not valid JSON ({why})") from error
-        rows += found if array else [found]
-        wrong = [i for i, row in enumerate(rows if array else rows[-1:]) if not isinstance(row, dict)]
-        if wrong:
-            entry = f"; entry {wrong[0]} of this array is none" if array else ""
-            raise ValueError(f"{path}, line {number}: a row has to be a JSON object{entry}")
+        if not rows and line.lstrip().startswith("["):
+            rows = _json(line + file.read(), path, number)
+            for i, row in enumerate(rows):
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, line {number}: a row has to be a JSON object, and "
+                                     f"entry {i} of this array is {row!r:.60}")
+            return rows
+        row = _json(line, path, number)
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: a row has to be a JSON object")
+        rows.append(row)
     return rows
+
+
+def _json(text, path, number):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        why = "it looks like UTF-16: save it as UTF-8" if "\0" in text else error
+        number += error.lineno - 1
+        raise ValueError(f"{path}, line {number}: not valid JSON ({why})") from error
 
 
 def _csv_rows(file, path):
