@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cai_utils.experiment import files
 from cai_utils.experiment.params import GRID, read_params
 from cai_utils.figures import reference
+from cai_utils.miniature import datasets
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = read_params(ROOT / "params/smoke/09_rl.yaml")[GRID]["methods"]
@@ -196,3 +199,49 @@ def test_smollm2_runs_by_parameters_alone(tmp_path, notebook, values, table):
     assert done.returncode == 0, done.stderr[-3000:]
     made = pd.read_csv(tmp_path / "runs/smollm2/results" / f"{table}.csv")
     assert set(made["size"].astype(str)) == {"135M"} and made["estimate"].notna().all()
+
+
+def run_cells(monkeypatch, root, notebook, **values):
+    """A notebook's cells in this process, with other values for its parameters; its names."""
+    for name in ("notebooks", "params"):
+        shutil.copytree(ROOT / name, root / name, dirs_exist_ok=True)
+    shutil.copy(ROOT / "pyproject.toml", root)
+    monkeypatch.setenv("CAI_ROOT", str(root))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    names = {"__name__": "a notebook"}
+    for cell in json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+            if "parameters" in cell["metadata"].get("tags", []):
+                names |= values
+    return names
+
+
+def test_02_with_pms_of_several_axes_alone(tmp_path, monkeypatch, capsys):
+    """On texts for messages and an axis of one's own; with pairs of two equal answers."""
+    rng = random.Random(0)
+    rows = [row for n, split in ((24, "train"), (12, "eval"))
+            for row in datasets.human_comparisons(rng, n, split, "harmless")]
+    rows += [{**row, "rejected": row["chosen"]} for row in (rows[0], rows[-1])]
+    files.write_rows(tmp_path / "harmless.jsonl", rows)
+    files.write_rows(tmp_path / "honest.jsonl", [
+        {"prompt": f"Is {i} even?", "chosen": "No.", "rejected": "Yes." if i else "No.",
+         "split": ("train", "eval")[i % 2]} for i in range(24)])
+    names = run_cells(
+        monkeypatch, tmp_path, "02_preference_models", profile="smoke", sizes=["xs"], size="xs",
+        comparisons={axis: dict.fromkeys(("train", "eval"), str(tmp_path / f"{axis}.jsonl"))
+                     for axis in ("honest", "harmless")},
+        kinds={"hh": ["honest", "harmless"]}, n_train=None, n_eval=None, pm_epochs=1)
+    assert capsys.readouterr().out.count("1 of") == 3  # two equal in harmless, one in honest
+    run = names["run"]
+    accuracy = run.read_table("pm_accuracy").set_index("axis")
+    assert list(accuracy.index) == ["honest", "harmless", "true harmless"]
+    assert {*accuracy["method"]} == {"HH PM"} and accuracy.loc["honest", "n"] == 12
+    assert {*run.read_table("pm_calibration")["labels"]} == {"HH PM, honest", "HH PM, harmless"}
+    assert (run.dir / "figures/pm_accuracy.pdf").is_file()
+
+
+def test_02_names_an_axis_without_comparisons_before_it_trains(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="hh learns .*'honest'.*; comparisons has .*harmless"):
+        run_cells(monkeypatch, tmp_path, "02_preference_models", profile="smoke", sizes=["xs"],
+                  size="xs", kinds={"hh": ["helpful", "honest"]})
