@@ -30,6 +30,7 @@ import yaml
 
 from cai_utils.data import formats
 from cai_utils.data.paper_prompts import READERS
+from cai_utils.experiment.files import refuse_pointer
 from cai_utils.seeds import stable_int
 
 FOLDER = Path(__file__).parent / "constitutions"
@@ -143,6 +144,7 @@ def _published(folder, names) -> Constitution:
     principles, shots = {}, {s: [] for s in _SHOTS}
     for name in names:
         path = Path(folder) / name
+        refuse_pointer(path)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:

@@ -103,7 +103,7 @@ def _check_system(text, tokenizer):
         talk = [{"role": role, "content": text}, {"role": "user", "content": "?"}]
         try:
             return tokenizer.apply_chat_template(talk, tokenize=False)
-        except jinja2.TemplateError:
+        except (jinja2.TemplateError, ValueError):
             return ""
 
     system = shown("system")

@@ -283,14 +283,15 @@ def grid_of(root, profile: str, notebook: str) -> dict:
 
 def files_named(root, value) -> list[Path]:
     """The user's own files and folders that a parameter's value names, at any depth: a path that
-    exists, absolute or from the project's root, also with a slice behind it (`mine.jsonl[:100]`).
+    exists, absolute or from the project's root, also with a slice (`mine.jsonl[:100]`) or the split
+    of a data set (`folder#train`) behind it.
     """
     if isinstance(value, dict | list | tuple):
         parts = value.values() if isinstance(value, dict) else value
         return [path for part in parts for path in files_named(root, part)]
     if not isinstance(value, str) or not re.search(r"[/.]", value) or "\n" in value:
         return []
-    path = Path(root) / Path(re.sub(r"\[[^\]]*\]$", "", value)).expanduser()
+    path = Path(root) / Path(re.sub(r"(#[^#\[\]]*)?(\[[^\]]*\])?$", "", value)).expanduser()
     return [path] if path.exists() and path.resolve() != Path(root).resolve() else []
 
 

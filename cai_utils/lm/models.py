@@ -32,6 +32,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from cai_utils.experiment.files import refuse_pointer
+
 # Models are loaded and saved many times in a run: a bar for each would hide a notebook's output.
 transformers_logging.disable_progress_bar()
 
@@ -89,9 +91,11 @@ def fingerprint(where):
 def source(spec, runs_dir=None, revision=None):
     """A spec -> (folder or hub id, keyword arguments) for transformers' `from_pretrained`:
     `gguf_file` of a GGUF file, `revision` of a hub id. Errors as in `resolve`; ValueError for
-    a revision of what is no hub id, or for two of them."""
+    a revision of what is no hub id, or for two of them, and for a file that is a Git LFS pointer.
+    """
     where = resolve(spec, runs_dir)
     if isinstance(where, Path):
+        refuse_pointer(where)
         if revision is not None:
             raise ValueError(f"{spec}: revision={revision!r} is for hub ids; this one is local")
         gguf = where.suffix == ".gguf"
