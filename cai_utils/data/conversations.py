@@ -165,12 +165,14 @@ def listed(value):
 
 
 def _listed(value):
-    """Messages that a CSV cell holds as JSON, or as Python writes them (pandas does)."""
+    """Messages that a CSV cell holds as JSON, or as pandas writes lists and arrays of them."""
     if not isinstance(value, str) or not _LISTED.match(value):
         return value
     found = listed(value)
-    try:
-        return ast.literal_eval(value.strip()) if found is value else found
+    if found is not value:
+        return found
+    try:  # an array has no commas; line ends inside of texts are escaped
+        return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", value.strip()))
     except (SyntaxError, ValueError):
         raise ValueError(f"{value!r:.80} looks like a list of messages, and is neither JSON nor "
                          "Python") from None

@@ -217,6 +217,8 @@ def validate(kind, row, where, **context) -> dict:
     try:
         if kind is Comparison:
             row = {**row, **conversations.pair(row)}
+        elif kind is Prompt and not row.get("prompt") and row.get("chosen"):
+            row = {**row, "prompt": conversations.pair(row)["prompt"]}
         return {**row, **_adapter(kind).validate_python(row, context=context)}
     except conversations.Malformed:
         raise

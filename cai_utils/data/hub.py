@@ -19,8 +19,9 @@ OURS = {"train": "train", "test": "eval", "val": "eval", "dev": "eval", "eval": 
 def recognise(spec) -> bool:
     """Whether a spec names a folder, or may be a hub id; files are neither."""
     base = spec.partition("#")[0]
-    return Path(base).is_dir() or not Path(spec).exists() and not _FILES.fullmatch(base) \
-        and bool(_ID.fullmatch(base))
+    if Path(spec).is_file():
+        return False
+    return Path(base).is_dir() or bool(_ID.fullmatch(base) and not _FILES.fullmatch(base))
 
 
 def read(spec, split=None) -> list[dict]:

@@ -289,10 +289,11 @@ def files_named(root, value) -> list[Path]:
     if isinstance(value, dict | list | tuple):
         parts = value.values() if isinstance(value, dict) else value
         return [path for part in parts for path in files_named(root, part)]
-    if not isinstance(value, str) or not re.search(r"[/.]", value) or "\n" in value:
+    if not isinstance(value, str) or not re.search(r"[/.#]", value) or "\n" in value:
         return []
-    path = Path(root) / Path(re.sub(r"(#[^#\[\]]*)?(\[[^\]]*\])?$", "", value)).expanduser()
-    return [path] if path.exists() and path.resolve() != Path(root).resolve() else []
+    whole = re.sub(r"\[[^\]]*\]$", "", value)
+    paths = [Path(root) / Path(text).expanduser() for text in (whole, whole.partition("#")[0])]
+    return [p for p in paths if p.exists() and p.resolve() != Path(root).resolve()][:1]
 
 
 def all_params(root, notebook: str, profile: str, overrides: dict | None = None) -> dict:

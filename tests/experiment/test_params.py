@@ -32,8 +32,10 @@ def test_own_files_are_found_at_any_depth(tmp_path):
     (tmp_path / "mine.jsonl").write_text("")
     (tmp_path / "models").mkdir()
     named = {"a": "mine.jsonl[:10]", "b": [{"train": str(tmp_path / "models")}], "c": "xs",
-             "d": "hh-rlhf/harmless-base/test", "e": 1e-3, "f": "."}
-    assert params.files_named(tmp_path, named) == [tmp_path / "mine.jsonl", tmp_path / "models"]
+             "d": "hh-rlhf/harmless-base/test", "e": 1e-3, "f": ".",
+             "g": "models#train[:3]"}
+    assert params.files_named(tmp_path, named) == [
+        tmp_path / "mine.jsonl", tmp_path / "models", tmp_path / "models"]
 
 
 @pytest.mark.parametrize("text", ["lr={xs: 5e-4}", "clamp=[4e-1, 0.6]"])
