@@ -265,6 +265,16 @@ BAD = [
     ({**comparison("a", "good", "bad"), "chosen": say("b", "good")}, "not one assistant turn"),
     ({"prompt": say("a"), "chosen": "good", "rejected": "bad"}, "lists of messages"),
     ({**comparison("a", "good", "bad"), "prompt": 2 * say("a")}, "user, assistant, ..., user"),
+    ({**comparison("a", "good", "bad"), "prompt": "a"}, "'prompt' must be a list of messages"),
+    ({**comparison("a", "good", "bad"), "prompt": say(" ")}, "an empty prompt"),
+    ({**comparison("a", "good", "bad"), "prompt": say(3)}, "'prompt' must be a list of messages"),
+    ({**comparison("a", "good", "bad"), "chosen": None}, "lists of messages"),
+    ({**comparison("a", "good", "bad"), "chosen": [None]}, "lists of messages"),
+    ({**comparison("a", "good", "bad"), "chosen": say("a", 7)[1:]}, "lists of messages"),
+    (comparison("a", "good", None), "empty answer"),
+    ("a row", "not a row"),
+    (comparison("a", "good", "bad", "0.7"), "p_chosen"),
+    (comparison("a", "good", "bad", weight="1"), "weight"),
     (comparison("a", "good", "bad", 1.5), "p_chosen"),
     (comparison("a", "good", "bad", float("nan")), "p_chosen"),
     (comparison("a", "good", "bad", weight=-1.0), "weight"),
@@ -287,6 +297,40 @@ def test_an_implicit_prompt_is_found():
     (got,) = comparisons.check([row])
     assert got["prompt"] == say("a", "b", "c") and got["p_chosen"] == 1
     assert got["chosen"] == say("a", "good")[1:]
+
+
+def test_an_evaluation_after_training_leaves_out_what_says_nothing(capsys):
+    class ByLength:
+        def score(self, talks):
+            return np.array([float(len(t[-1]["content"])) for t in talks])
+
+    rows = [comparison(f"a {i}", "good good", "bad") for i in range(3)]
+    bad = [comparison("b", "same", "same "), comparison("c", "", "bad")]
+    got, wanted = (agreement.evaluate(ByLength(), some) for some in (rows + bad, rows))
+    assert got["n"] == wanted["n"] == 3 and got["loss"] == wanted["loss"]
+    assert "2 of 5 rows left out (the two answers are identical: 1, an empty answer: 1)" in (
+        capsys.readouterr().out)
+    with pytest.raises(ValueError, match="no comparison left"):
+        agreement.evaluate(ByLength(), bad)
+
+
+def test_a_system_message_is_trained_on_as_the_template_shows_it():
+    system = {"role": "system", "content": "c d"}
+    row = {**comparison("a b", "good", "bad"), "prompt": [system, *say("a b")]}
+    data = preference.tokenize(comparisons.check([row]), tokenizer := make_tokenizer(CHATML))
+    shown = tokenizer("<start>system c d<eos>\n<start>user a b<eos>\n<start>assistant")["input_ids"]
+    assert [ids[0][: len(shown)] for ids in (data["chosen_ids"], data["rejected_ids"])] == 2 * [shown]
+    with pytest.raises(ValueError, match="no system role"):  # this one gives it to the assistant
+        preference.tokenize(comparisons.check([row]), make_tokenizer())
+
+
+def test_the_truth_says_nothing_of_other_axes():
+    def judge(talk):
+        return {"harm": len(talk[-1]["content"]), "helpfulness": 0}
+
+    rows = [comparison("a", "good", "bad"), comparison("a", "good", "bad", axis="honest")]
+    (row,) = agreement.by_truth(rows, judge)
+    assert row["chosen"] == rows[0]["rejected"] and row["source"] == "truth"
 
 
 def test_ties_and_even_labels_count_one_half():

@@ -169,6 +169,8 @@ def test_hh_rlhf_strict_and_bad_specs(hh_dir):
         load.load_comparisons("hh-rlhf/harmless-base/test", strict=True)
     with pytest.raises(ValueError, match="hh-rlhf/<subset>/<train or test>"):
         load.load_comparisons("hh-rlhf/harmless-base")
+    with pytest.raises(ValueError, match="its subsets are harmless-base, helpful-base, "):
+        load.load_comparisons("hh-rlhf/harmless")
     path = jsonl(hh_dir / "mine.jsonl", HH[:1])
     with pytest.raises(ValueError, match="axis='helpful'"):
         load.load_comparisons(path)
@@ -207,6 +209,82 @@ def test_red_team_attempts(tmp_path, monkeypatch, name, array):
                        "prompt": [{"role": "user", "content": "Last?"}]}
     with pytest.raises(ValueError, match=r"row 2: no human turn"):
         load.load_prompts("hh-rlhf/red-team-attempts", strict=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_a_file_by_its_path_gives_the_rows_of_its_name(hh_dir):
+    """Folders above the subset's, here /test-of-helpful-.../, decide nothing."""
+    far = hh_dir / "train-helpful"
+    for name in ("harmless-base/test", "helpful-base/train"):
+        (path,) = hh_dir.glob(f"hh-rlhf/{name}.jsonl*")
+        copy = far / name.split("/")[0] / path.name
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes(path.read_bytes())
+        for read in (load.load_comparisons, load.load_prompts):
+            assert read(copy) == read(path) == read(f"hh-rlhf/{name}")
+    array = hh_dir / "hh-rlhf/red-team-attempts/red_team_attempts.jsonl.gz"
+    array.parent.mkdir()
+    array.write_bytes(gzip.compress(json.dumps(ATTEMPTS, indent=1).encode()))
+    assert load.load_prompts(array) == load.load_prompts("hh-rlhf/red-team-attempts")
+
+
+def test_null_in_a_transcript_past_the_first_row(hh_dir):
+    path = jsonl(hh_dir / "harmless-base/test.jsonl", [
+        HH[0], {**HH[0], "chosen": None}, {"rejected": HH[0]["rejected"]}, {**HH[0], "chosen": 5},
+        {"chosen": "Assistant:", "rejected": "Assistant:"}])
+    with pytest.warns(UserWarning, match="skipped 4 of 5 rows: 3 with a text that is not a "
+                                         "transcript, 1 with an empty last answer"):
+        assert len(load.load_comparisons(path)) == 1
+    with pytest.raises(ValueError, match="line 2: a text that is not a transcript"):
+        load.load_comparisons(path, strict=True)
+
+
+def test_windows_line_ends_part_the_turns_of_transcripts(tmp_path):
+    rows = [{k: v.replace("\n", "\r\n") for k, v in HH[i].items()} for i in (0, 4)]
+    path = jsonl(tmp_path / "harmless-base/test.jsonl", rows)
+    got = load.load_comparisons(path)
+    assert [len(row["prompt"]) for row in got] == [1, 3]
+    text = "\r\n\r\nHuman: Hi\r\n\r\nAssistant: Ho\r\n\r\nHuman: And?\r\n\r\nAssistant:"
+    (row,) = load.load_prompts(jsonl(tmp_path / "p.jsonl", [{"prompt": text}]))
+    assert [m["content"] for m in row["prompt"]] == ["Hi", "Ho", "And?"]
+
+
+def test_a_red_team_transcript_that_ends_in_an_empty_human_turn(tmp_path):
+    texts = ["\n\nHuman: A?\n\nAssistant: B\n\nHuman:", "\n\nHuman: A?\n\nHuman: \n\nAssistant: B"]
+    path = jsonl(tmp_path / "r.jsonl", [{"transcript": text} for text in texts])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [row["prompt"] for row in load.load_prompts(path)] == [
+            [{"role": "user", "content": "A?"}]] * 2
+
+
+@pytest.mark.parametrize("read, row, fault", [
+    (load.load_prompts, {"question": "a", "n": 1},
+     "missing column 'prompt'; there are: question, n"),
+    (load.load_comparisons, {"prompt": "a", "response": "b"},
+     "missing column 'chosen'; there are: prompt, response"),
+    (load.load_questions, {"prompt": "a", "corrects": ["b"]}, "missing column 'incorrects'"),
+])
+def test_a_missing_column_is_named_as_missing(tmp_path, read, row, fault):
+    with pytest.raises(ValueError, match=f"m.jsonl: {fault}"):
+        read(jsonl(tmp_path / "m.jsonl", [row, row]))
+
+
+@pytest.mark.parametrize("row, fault", [
+    ({"corrects": None}, "'corrects'"), ({"prompt": None}, "'prompt'"),
+    ({"prompt": " "}, "'prompt'"),
+    ({"incorrects": [None]}, r"incorrects\[0\]"), ({"incorrects": [2]}, r"incorrects\[0\]"),
+])
+def test_null_in_a_question_past_the_first_row(tmp_path, row, fault):
+    fine = {"prompt": "Q The answer is:", "corrects": [" (A)"], "incorrects": [" (B)"]}
+    with pytest.raises(ValueError, match=f"q.jsonl, row 2: .*{fault}"):
+        load.load_questions(jsonl(tmp_path / "q.jsonl", [fine, {**fine, **row}]))
+
+
+def test_an_empty_id_is_the_number_of_the_row(tmp_path):
+    rows = [{"prompt": "a", "id": None}, {"prompt": "b", "id": ""}, {"prompt": "c", "id": 7}]
+    path = jsonl(tmp_path / "p.jsonl", rows)
+    assert [row["id"] for row in load.load_prompts(path)] == ["0", "1", "7"]
 
 
 def test_slices_and_a_spec_for_each_split(hh_dir, tmp_path):
@@ -264,6 +342,7 @@ def test_xstest_prompts(tmp_path, monkeypatch):
     row = {"id": "1", "prompt": [{"role": "user", "content": "How?"}], "type": "homonyms",
            "label": "safe", "focus": "kill", "note": "violence", "kind": "sensitive"}
     assert load.load_prompts("xstest/prompts") == load.load_prompts("xstest/safe") == [row]
+    assert load.load_prompts(tmp_path / "xstest/xstest_prompts.csv") == [row]
     with pytest.raises(ValueError, match="no row is labelled unsafe"):
         load.load_prompts("xstest/unsafe")
     with pytest.raises(ValueError, match="xstest.load_completions"):
@@ -281,6 +360,14 @@ def test_published_data_that_is_nowhere(tmp_path, monkeypatch):
         load.load_comparisons("hh-rlhf/harmless-base/test")
     with pytest.raises(FileNotFoundError, match=r"red-team-attempts.*CAI_DATA_DIR"):
         load.load_prompts("hh-rlhf/red-team-attempts")
+    with pytest.raises(FileNotFoundError, match="its subsets are harmless-base, .*red-team-att"):
+        load.load_comparisons("hh-rlhf/harmfull-base/test")
+    with pytest.raises(FileNotFoundError, match="paper/438HHHEvaluations, paper/HarmfulVsEthical, "
+                                                "paper/HarmfulnessClassification"):
+        load.load_questions("paper/HarmfulVsEthicals")
+    with pytest.raises(FileNotFoundError, match="CAI_DATA_DIR") as error:
+        load.load_questions("paper/HarmfulVsEthical")
+    assert "438HHH" not in str(error.value)  # the name is right, the file is not here
     with pytest.raises(FileNotFoundError, match=r"831f781[0-9a-f]{33}/evals/X.jsonl.*CAI_DATA_DIR"):
         load.load_questions("paper/X")
 

@@ -208,3 +208,10 @@ def test_a_model_that_is_not_causal_and_an_unknown_head(folder, tmp_path):
         make(other)
         with pytest.raises(ValueError, match=f"{name} is not a causal language model"):
             models.load(other)
+
+
+def test_weights_that_git_lfs_has_not_fetched_are_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="model.safetensors: a Git LFS pointer.*git lfs pull"):
+        models.load(tmp_path)
