@@ -64,7 +64,7 @@ def prompt_of(value) -> list[dict]:
             return dialogue.parse_transcript(value)
         except ValueError as error:
             raise ValueError(f"prompt: {error}") from error
-    return _messages(value, "prompt")
+    return messages_of(value, "prompt")
 
 
 def pair(row) -> dict:
@@ -127,14 +127,15 @@ def _side(row, name, transcripts):
         return [{"role": "assistant", "content": value.strip()}]
     if not value or not isinstance(value, list):
         raise ValueError(f"'{name}' {_ONE_ANSWER}, not {value!r:.80}")
-    messages = _messages(value, name)
+    messages = messages_of(value, name)
     if len(messages) == 1 and not messages[0]["content"]:
         raise ValueError(f"'{name}' {_ONE_ANSWER}: it is empty")
     return messages
 
 
-def _messages(value, name):
-    """A list of messages, their contents texts; without an empty system message."""
+def messages_of(value, name) -> list[dict]:
+    """The list of messages in field `name`, their contents texts; without an empty system message.
+    ValueError names the message that is none."""
     if not isinstance(value, list):
         raise ValueError(f"'{name}' has to be a text or a list of messages, not {value!r:.80}")
     out = []

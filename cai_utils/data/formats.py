@@ -59,8 +59,9 @@ def _as_axis(value, info):
 
 
 def _prompt_and_answer(messages):
-    if not isinstance(messages, list) or len(messages) < 2 \
-            or messages[-1].get("role") != "assistant":
+    if isinstance(messages, list):
+        messages = conversations.messages_of(messages, "messages")
+    if not isinstance(messages, list) or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("'messages' must be a prompt and an assistant turn")
     return messages
 

@@ -52,7 +52,7 @@ def load_samples(prompt_set: str, models=tuple(MODELS), n=None) -> list[dict]:
                              f"{', '.join([*MODELS, SL_CAI])}")
         for at, row, prompt in _rows(prompt_set, MODELS[model]):
             try:
-                answers = [(a["sampled_string"], a["pm_scores"][0]["pm_score"])
+                answers = [(_cut(a["sampled_string"]), float(a["pm_scores"][0]["pm_score"]))
                            for a in row["sampled_answers"]]
             except (KeyError, IndexError, TypeError) as error:
                 raise ValueError(f"{at}: sampled_answers need 'sampled_string' and 'pm_scores' "
@@ -105,7 +105,7 @@ def _rows(prompt_set, ending):
 
 def _sample(prompt_set, prompt, text, model, rank, ids):
     return {"id": _id(prompt_set, prompt, ids), "kind": prompt_set, "prompt": prompt,
-            "response": _cut(text), "model": model, "size": SIZE, "step": 0, "rank_in_file": rank}
+            "response": text, "model": model, "size": SIZE, "step": 0, "rank_in_file": rank}
 
 
 def _id(prompt_set, prompt, ids):

@@ -40,6 +40,11 @@ def test_a_row_keeps_its_fields_and_their_order():
      "f, row 2: responses[1] has to be a text, not None"),
     (formats.Score, {"messages": ASK, "score": 1.0},
      "f, row 2: 'messages' must be a prompt and an assistant turn"),
+    (formats.Score, {"messages": [*ASK, None], "score": 1.0},
+     "f, row 2: messages: message 1 is None: it needs 'content' and a 'role' of system, user, "
+     "assistant"),
+    (formats.Score, {"messages": [*ASK, {"role": "assistant", "content": None}], "score": 1.0},
+     "f, row 2: messages: the content of message 1 is None, not a text"),
     (formats.Score, {"messages": [*ASK, {"role": "assistant", "content": "x"}], "score": True},
      "f, row 2: 'score' must be a finite number, got True"),
 ])

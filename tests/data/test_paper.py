@@ -84,7 +84,9 @@ def test_what_is_wrong_is_named(lab):
         paper.load_samples("lamda", n=0)
     folder = lab / "constitutional_harmlessness_paper/samples"
     good = samples_row("A?", ["B"], [1.0])
+    null = {"sampled_string": None, "pm_scores": [{"pm_score": 1.0}]}
     for bad, message in [({**good, "rl_prompt": None}, "rl_prompt"),
+                         ({**good, "sampled_answers": [null]}, "sampled_string"),
                          ({**good, "sampled_answers": [{"sampled_string": "x"}]}, "pm_score")]:
         jsonl(folder / "LAMDA_HRLHF.jsonl", [good, bad])
         with pytest.raises(ValueError, match=rf"LAMDA_HRLHF.jsonl, row 2.*{message}"):
