@@ -178,15 +178,27 @@ class Sampler:
             return batch, sum(len(rest[i]) for i in batch) * (longest + fed) // len(batch)
 
         def score(batch):
-            scores = self.engine.score([prefixes[i] for i in batch], [rest[i] for i in batch])
+            def read(done):  # a batch may take minutes
+                bar.update(len(done))
+                seen.extend(done)
+
+            seen = []
+            try:
+                scores = self.engine.score([prefixes[i] for i in batch], [rest[i] for i in batch],
+                                           read)
+            except (RuntimeError, MemoryError):
+                bar.update(-len(seen))
+                raise
             keep(batch, [(row - np.logaddexp.reduce(row)).tolist() for row in scores])
+            return len(seen)
 
         with journal.progress(len(todo), "question", progress, len(todo) - len(left)) as bar:
             self._run_batches(left, next_batch, score, [prefixes[i] for i in left], bar)
         return out
 
     def _run_batches(self, jobs, next_batch, run, prompts, bar):
-        """Runs jobs in batches: next_batch(jobs) -> (the next batch, tokens of one of its jobs).
+        """Runs jobs in batches: next_batch(jobs) -> (the next batch, tokens of one of its jobs);
+        run(batch) -> how many of them the bar has shown already, if any.
         Where memory runs out, the batch is halved, and so are those after it."""
         sharing = (self.engine.sharing_prefixes(prompts) if self.share_prefixes
                    else contextlib.nullcontext())
@@ -194,7 +206,7 @@ class Sampler:
             while jobs:
                 batch, job_tokens = next_batch(jobs)
                 try:
-                    run(batch)
+                    shown = run(batch) or 0
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
@@ -213,7 +225,7 @@ class Sampler:
                         torch.cuda.empty_cache()
                     continue
                 jobs = jobs[len(batch) :]
-                bar.update(len(batch))
+                bar.update(len(batch) - shown)
 
     def _most_rows(self):
         """Rows of a batch whose logits fit beside the cache; sampling makes a few copies of
