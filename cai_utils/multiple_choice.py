@@ -378,7 +378,8 @@ def ask(sampler, questions, methods, **common) -> list[dict]:
         found = answer(sampler, asked, **{**common, **arguments})
         rows += [{"id": q["id"], "method": method, "correct": int(a["correct"]),
                   "answer": a["answer"], "probs": a["probs"], "p_correct": a["p_correct"],
-                  "position_bias": a.get("position_bias"), "cot": a["cot"]} for q, a in zip(asked, found, strict=True)]
+                  "position_bias": a.get("position_bias"), "cot": a["cot"]}
+                 for q, a in zip(asked, found, strict=True)]
         print(f"  {method}: {len(asked)} questions, {time.time() - began:.0f} s", flush=True)
     return rows
 

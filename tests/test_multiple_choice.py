@@ -29,8 +29,10 @@ def test_questions_about_one_conversation_are_found():
 def test_shots_are_answered_and_set_aside():
     questions = [{"prompt": f"Q{i} The answer is:", "corrects": [" (B)"]} for i in range(3)]
     text, rest = multiple_choice.shots(questions, 2)
-    assert text == "Q0 The answer is: (B)Q1 The answer is: (B)"
+    assert text == "Q0 The answer is: (B)\n\nQ1 The answer is: (B)"  # each a paragraph
     assert rest == questions[2:]
+    apart = [{**q, "prompt": "\n\n" + q["prompt"]} for q in questions]
+    assert multiple_choice.shots(apart, 2)[0] == "\n\n" + text
 
 
 def test_ask_runs_every_method_and_respects_its_limit(monkeypatch):
@@ -38,7 +40,8 @@ def test_ask_runs_every_method_and_respects_its_limit(monkeypatch):
 
     def answer(sampler, questions, **options):
         asked.append(options)
-        return [{"correct": q["id"] == "0", "p_correct": 0.5, "cot": []} for q in questions]
+        return [{"correct": q["id"] == "0", "p_correct": 0.5, "answer": " (B)",
+                 "probs": {" (A)": 0.4, " (B)": 0.6}, "cot": []} for q in questions]
 
     monkeypatch.setattr(multiple_choice, "answer", answer)
     questions = [{"id": str(i)} for i in range(3)]
@@ -46,6 +49,7 @@ def test_ask_runs_every_method_and_respects_its_limit(monkeypatch):
     rows = multiple_choice.ask("sampler", questions, methods, seed=5)
     assert [(r["method"], r["id"], r["correct"]) for r in rows] == [
         ("plain", "0", 1), ("plain", "1", 0), ("plain", "2", 0), ("CoT", "0", 1), ("CoT", "1", 0)]
+    assert all(r["answer"] == " (B)" and r["probs"][" (A)"] == 0.4 for r in rows)
     assert asked == [{"seed": 5}, {"seed": 5, "cot": True}]
 
 

@@ -69,7 +69,7 @@ def parse(text: str, reasoned: bool = False) -> tuple[QuestionForm, dict] | None
     answer it.
     """
     match = (_REASONED if reasoned else _QUESTION).fullmatch(text)
-    if match is None:
+    if match is None or "\n (C) " in match["b"]:
         return None
     found = match.groupdict()
     found["assistant"] = {"\n\nH: ": "\n\nA: "}.get(found["user"], "\n\nAssistant: ")
@@ -88,13 +88,14 @@ def parse(text: str, reasoned: bool = False) -> tuple[QuestionForm, dict] | None
 def common(texts, reasoned: bool = False) -> tuple[QuestionForm, str] | None:
     """The form that most of these questions have, and the principle that most of them ask for.
 
-    None where one of them is no comparison, or all have the same two options (those are labels, not
-    responses).
+    None where one of them is no comparison, or all questions have the same two options (those are
+    labels, not responses).
     """
     found = [parse(text, reasoned) for text in texts]
     if not found or None in found:
         return None
-    if len(found) > 1 and len({frozenset((p["a"], p["b"])) for _, p in found}) == 1:
+    options = {frozenset((parts["a"], parts["b"])) for _, parts in found}
+    if len(found) > 1 and len(options) == 1 and not reasoned:
         return None
     forms, principles = zip(*((form, parts["principle"]) for form, parts in found))
     return Counter(forms).most_common(1)[0][0], Counter(principles).most_common(1)[0][0]
