@@ -56,6 +56,7 @@ class Engine:
         self.context = getattr(config, "max_position_embeddings", None)
         self._token_bytes = bytes_per_token(model, config)
         self.batch_tokens = batch_tokens or memory_budget(model.device, self._token_bytes)
+        self.told = None  # called with the number of rows that each part of a prefill has read
         # Of this call's prompts: {ids: tokens of its shared prefix}, {prefix: its cache}.
         self._shared, self._prefixes = {}, OrderedDict()
         self._mask_once = (
@@ -134,18 +135,16 @@ class Engine:
             self._shared.clear()
             self._prefixes.clear()
 
-    def score(self, prompts, sequences, read=None):
+    def score(self, prompts, sequences):
         """Summed log-probabilities (nats) of C continuations of each of B prompts.
 
         sequences: B lists of C lists of ids (C may differ between prompts). Returns B float64
-        arrays (C,). read: called with the indices of the prompts that a part of the work has read.
-        ValueError for logits that are not finite.
+        arrays (C,). ValueError for logits that are not finite.
         """
         flat = [ids for row in sequences for ids in row]
         owner = [i for i, row in enumerate(sequences) for _ in row]
         fed = max(map(len, flat)) - 1
-        told = read and (lambda rows: read({owner[row] for row in rows}))
-        logits, cache, pad = self._prefill([prompts[i] for i in owner], extra=fed, told=told)
+        logits, cache, pad = self._prefill([prompts[i] for i in owner], extra=fed)
         device = logits.device
         ids = torch.tensor([row + [0] * (fed + 1 - len(row)) for row in flat], device=device)
         real = torch.tensor([[1] * len(r) + [0] * (fed + 1 - len(r)) for r in flat], device=device)
@@ -165,7 +164,7 @@ class Engine:
         bounds = np.cumsum([len(row) for row in sequences])[:-1]
         return np.split(total.cpu().numpy(), bounds)
 
-    def _prefill(self, prompts, extra, told=None):
+    def _prefill(self, prompts, extra):
         """Prompts -> last logits (B, V), the cache with room for `extra` tokens (None without),
         and each row's padding (B,). Equal prompts are computed once and copied.
         """
@@ -184,12 +183,12 @@ class Engine:
             while start < len(group):
                 part = group[start : start + self._part_size(len(group[start]), len(prefix))]
                 start += len(part)
-                members_of = [b for ids in part for b in rows[ids]]
+                where = [b for ids in part for b in rows[ids]]
                 source = [i for i, ids in enumerate(part) for _ in rows[ids]]
-                where, source = (torch.tensor(x, device=device) for x in (members_of, source))
+                where, source = (torch.tensor(x, device=device) for x in (where, source))
                 parts.append((where, source, *self._compute(part, prefix)))
-                if told:
-                    told(members_of)
+                if self.told:
+                    self.told(len(where))
         pad = torch.tensor([width - len(ids) for ids in prompts], device=device)
         logits = parts[0][2].new_empty(len(prompts), parts[0][2].shape[1])
         for where, source, part, _ in parts:

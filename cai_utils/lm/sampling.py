@@ -178,19 +178,24 @@ class Sampler:
             return batch, sum(len(rest[i]) for i in batch) * (longest + fed) // len(batch)
 
         def score(batch):
-            def read(done):  # a batch may take minutes
-                bar.update(len(done))
-                seen.extend(done)
+            rows, read, shown = sum(len(rest[i]) for i in batch), 0, 0
 
-            seen = []
+            def told(n):  # a batch may take minutes
+                nonlocal read, shown
+                read, before = read + n, shown
+                shown = min(len(batch) * read // rows, len(batch))
+                bar.update(shown - before)
+
+            self.engine.told = told
             try:
-                scores = self.engine.score([prefixes[i] for i in batch], [rest[i] for i in batch],
-                                           read)
+                scores = self.engine.score([prefixes[i] for i in batch], [rest[i] for i in batch])
             except (RuntimeError, MemoryError):
-                bar.update(-len(seen))
+                bar.update(-shown)
                 raise
+            finally:
+                self.engine.told = None
             keep(batch, [(row - np.logaddexp.reduce(row)).tolist() for row in scores])
-            return len(seen)
+            return shown
 
         with journal.progress(len(todo), "question", progress, len(todo) - len(left)) as bar:
             self._run_batches(left, next_batch, score, [prefixes[i] for i in left], bar)
