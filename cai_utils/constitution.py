@@ -16,7 +16,8 @@ A constitution is one YAML file::
       comparison_cot: [{prompt, a, b, answer: B, principle, reasoning}]
 
 A comparison example without `principle` borrows that of the question that it precedes. The
-published JSON files of the paper (principles and few-shot prompts) are read as they are.
+published JSON files of the paper (principles and few-shot prompts) are read as they are, and so is
+the form of their comparison questions (`data.paper_prompts`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from pathlib import Path
 import yaml
 
 from cai_utils.data import formats
-from cai_utils.data.paper_prompts import READERS
+from cai_utils.data.paper_prompts import READERS, question_forms
+from cai_utils.data.question_form import QuestionForm
 from cai_utils.experiment.files import refuse_pointer
 from cai_utils.seeds import stable_int
 
@@ -39,12 +41,17 @@ _SHOTS = ("critique", "comparison", "comparison_cot")
 
 @dataclass(frozen=True)
 class Constitution:
-    """Principles for critiques and for comparisons, and the examples shown before them."""
+    """Principles for critiques and for comparisons, and the examples shown before them.
+
+    forms: the published forms of comparison questions, "comparison" and "comparison_cot", None for
+    one whose file is missing; empty for a constitution that is asked in the project's own form.
+    """
 
     name: str
     critiques: list[dict] = field(default_factory=list)
     comparisons: list[dict] = field(default_factory=list)
     few_shot: dict[str, list[dict]] = field(default_factory=lambda: {s: [] for s in _SHOTS})
+    forms: dict[str, QuestionForm | None] = field(default_factory=dict)
 
 
 def load(name_or_path) -> Constitution:
@@ -151,4 +158,5 @@ def _published(folder, names) -> Constitution:
             raise ValueError(f"{path}: not valid JSON ({error})") from error
         section, entries = READERS[name](data, path)
         (shots if section in shots else principles)[section] = entries
-    return Constitution("paper", few_shot=shots, **principles)
+    forms = question_forms(folder) if "comparisons" in principles else {}
+    return Constitution("paper", few_shot=shots, forms=forms, **principles)

@@ -13,6 +13,7 @@ from cai_utils.multiple_choice import (
     LETTERS,
     comparison_question,
     few_shot_examples,
+    form_of,
     letter_probabilities,
 )
 from cai_utils.seeds import stable_int
@@ -33,9 +34,13 @@ def label(
     two letters. With `both_orders` the pair is asked twice, the responses swapped, and the two are
     averaged; otherwise the order is drawn per pair from the seed and mapped back.
 
-    With `cot`, `n_samples` chains of thought per order are sampled at `temperature`, up to
-    "The answer is:". A chain that ends without it (end of text, `max_new_tokens`, or the model's
-    context, where its last words are cut) is used too: "The answer is:" is appended. The
+    The question has the form of the constitution: the published one for the paper's files, else the
+    project's own (`multiple_choice.form_of`).
+
+    With `cot`, `n_samples` chains of thought per order are sampled at `temperature`, up to the lead
+    of the answer ("The answer is:" in the project's form). A chain that ends without it (end of
+    text, `max_new_tokens`, or the model's context, where its last words are cut) is used too: the
+    lead is appended. The
     probabilities of all chains (and orders) are averaged, and `clamp=(0.4, 0.6)` is applied to that
     average, as the paper does because CoT labels are over-confident.
 
@@ -58,6 +63,7 @@ def label(
     if not pairs:
         return []
     examples = few_shot_examples(constitution, cot) if few_shot else []
+    form = form_of(constitution, cot)
     principles, asked, swapped = [], [], []
     for i, pair in enumerate(pairs):
         principle = draw(constitution.comparisons, seed, i, 0, n_principles)
@@ -65,11 +71,12 @@ def label(
         for order in (0, 1) if both_orders else (stable_int("order", seed, i, bits=1),):
             a, b = pair["responses"][::-1] if order else pair["responses"]
             asked.append(comparison_question(sampler, pair["prompt"], a, b, principle["principle"],
-                                             examples, cot))
+                                             examples, cot, form))
             swapped.append(order)
     probs, chains = letter_probabilities(
         sampler, asked, LETTERS[:2], cot=cot, n_samples=n_samples, seed=stable_int("label", seed),
         temperature=temperature, max_new_tokens=max_new_tokens, stop=stop, progress=progress,
+        form=form,
     )
     p_a = probs[:, 0].reshape(len(pairs), -1)  # (pairs, orders)
     swapped = np.array(swapped).reshape(p_a.shape)

@@ -19,6 +19,7 @@ from trl import RewardConfig, RewardTrainer
 
 from cai_utils import dialogue
 from cai_utils.data.comparisons import check
+from cai_utils.experiment import journal
 from cai_utils.lm import models, tokens, training
 
 
@@ -227,16 +228,17 @@ class Scorer:
         was_training = self.model.training
         self.model.eval()
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
-        start = 0
-        while start < len(order):
-            size = max(1, self.batch_tokens // len(sequences[order[start]]))
-            batch = order[start : start + size]
-            ids, mask = tokens.pad([sequences[i] for i in batch], self.pad_id)
-            device = self.model.device
-            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device),
-                                use_cache=False).logits
-            out[batch] = logits[:, 0].float().cpu().numpy()
-            start += size
+        start, device = 0, self.model.device
+        with journal.progress(len(order), "conversation") as bar:
+            while start < len(order):
+                size = max(1, self.batch_tokens // len(sequences[order[start]]))
+                batch = order[start : start + size]
+                ids, mask = tokens.pad([sequences[i] for i in batch], self.pad_id)
+                logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device),
+                                    use_cache=False).logits
+                out[batch] = logits[:, 0].float().cpu().numpy()
+                start += size
+                bar.update(len(batch))
         self.model.train(was_training)
         return out - self.mean
 

@@ -257,7 +257,8 @@ def test_the_paper_s_files_are_read(tmp_path):
         "id": "kind0", "critique_request": "Find what is unkind.",
         "revision_request": "Make it kind.",
     }]
-    assert paper.comparisons == [{"id": "comparison0", "principle": "Which is kinder? Options:"}]
+    assert paper.comparisons == [  # to the character: its line break belongs to the question
+        {"id": "comparison0", "principle": "\nWhich is kinder? Options:"}]
     assert paper.few_shot["critique"] == [{
         "prompt": talk, "response": "Go.", "critique_request": "Find what is unkind.",
         "critique": "It is curt.\n\nIt sends them off.", "revision_request": "Make it kind.",
@@ -268,7 +269,7 @@ def test_the_paper_s_files_are_read(tmp_path):
     ]
     assert paper.few_shot["comparison_cot"] == [{
         "prompt": talk, "a": "Go.", "b": "Hello!\n\nHow are you?", "reasoning": "B is kind.",
-        "answer": "B",
+        "answer": "B", "published": PUBLISHED["RLMadisonPrecogFewShotPrompts.json"][0]["prompt"][0],
     }]
     alone = constitution.load(tmp_path / "RLMadisonInstructions.json")
     assert alone.comparisons == paper.comparisons and not alone.critiques

@@ -1,6 +1,9 @@
 """Critique -> revision chains: exact texts and turns, and a chain whose every step is checked."""
 
+import json
+import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +54,36 @@ def test_exact_texts():
     assert critique.direct_revision_text(PROMPT, "No.", "Mend 0.") == (
         "\n\nHuman: Hi\n\nAssistant: No.\n\nRevisionRequest: Mend 0.\n\nRevision:"
     )
+
+
+@pytest.fixture
+def published():
+    root = os.environ.get("CAI_DATA_DIR")
+    folder = Path(root or ".") / "constitutional_harmlessness_paper/prompts"
+    if not root or not folder.exists():
+        pytest.skip("CAI_DATA_DIR does not hold constitutional_harmlessness_paper/prompts")
+    return folder
+
+
+def test_a_base_model_reads_the_paper_s_requests_to_the_character(published):
+    """All 16 critiques and 16 revisions, with and without the published examples."""
+    raw = json.loads((published / "CritiqueRevisionInstructions.json").read_text("utf-8"))
+    shots = json.loads((published / "CritiqueRevisionFewShotPrompts.json").read_text("utf-8"))
+    # The opening of a next human turn marks the end of most examples.
+    shots = "".join(text.removesuffix("\n\nHuman:") for text in shots)
+    paper = constitution.load(published)
+    rows = [{"prompt": TALK}] * 200  # every principle is drawn
+    for few_shot, before in ((False, ""), (True, shots)):
+        sampler = Scripted(lambda text, _: " Why not.\n")
+        chains = critique.revise(sampler, rows, paper, n_revisions=1, initial=["No."] * len(rows),
+                                 few_shot=few_shot)
+        (asked, _), (mended, _) = sampler.calls
+        assert {c["principles"][0] for c in chains} == set(raw)
+        for chain, first, second in zip(chains, asked, mended, strict=True):
+            principle = raw[chain["principles"][0]]
+            said = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Help\n\nAssistant: No."
+            assert first == before + said + principle["prompt"][0]
+            assert second == first + " Why not." + principle["edit_request"]
 
 
 def growing(text, _):

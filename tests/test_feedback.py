@@ -1,6 +1,8 @@
 """AI feedback: exact texts; labels of a model with a known preference and a known position bias."""
 
+import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -382,3 +384,207 @@ def test_a_chain_that_fills_the_context_is_still_read():
         Sampler(model, tokenizer), pairs, LAW, cot=True, max_new_tokens=400, seed=2
     )
     assert 0 < row["p_first"] < 1 and len(row["cot"]) == 2
+
+
+# The paper's form: small files of our own in the published shapes, and the published ones.
+OURS = {
+    "RLMadisonInstructions.json": ["\nWhich is kinder? Options:", "\nWhich is wiser? Options:"],
+    "RLMadisonFewShotPrompts.json": [
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "corrects": ["Hello!"], "incorrects": ["Go."]},
+        {"prompt": "\n\nHuman: Bye\n\nAssistant:", "corrects": ["Bye!"], "incorrects": ["Ha."]},
+    ],
+    "RLMadisonPrecogFewShotPrompts.json": [
+        {"prompt": start + "Human: Look at this (H, A):\n\nH: Hi\n\nA:  What?\n\nH: Sorry\n\n{}"
+         "\n (A) [[[Go.]]]\n (B) [[[Hello!\n\nYou?]]]\n\nAssistant: Let us see:" + reasons
+         + "\n\nHuman:\nThus: (B)"} for start, reasons in (("\n\n", "\n(B) asks."), ("\n", " B."))],
+}
+QUESTION = ("\n\nRead:\n\nHuman: Hi\n\n\nWhich is wiser? Options:\n (A) [[[x{}]]]\n (B) [[[y]]]\n\n"
+            "The answer is:")
+
+
+class Published:
+    """The texts of a folder of the paper's files, cut up by hand."""
+
+    def __init__(self, folder):
+        self.law = constitution.load(folder / "prompts")
+        read = {n: json.loads((folder / "prompts" / n).read_text("utf-8")) for n in OURS}
+        self.rules, pairs, reasoned = read.values()
+        lines = (folder / "evals/438HHHEvaluations.jsonl").read_text("utf-8").splitlines()
+        self.questions = [{"id": str(i), **json.loads(line)} for i, line in enumerate(lines)]
+        self.lead = self.questions[0]["prompt"].partition("\n\nHuman: ")[0]
+        self.end = self.questions[0]["prompt"].rpartition("]]]")[2]
+        self.reasoned = [item["prompt"] for item in reasoned]
+        self.cot_lead, _, rest = self.reasoned[0].partition("\n\nH: ")
+        self.cot_end = re.search(r"\n\nAssistant: [^\n:]*:", rest)[0]
+        self.answer = re.search(r"\n\nHuman:\n.*:", rest)[0]
+        self.pairs = [(p["prompt"].removesuffix("\n\nAssistant:"), p["corrects"][0],
+                       p["incorrects"][0]) for p in pairs]
+
+    def plain(self, talk, a, b, rule):
+        return f"{self.lead}{talk}\n\n{rule}\n (A) [[[{a}]]]\n (B) [[[{b}]]]{self.end}"
+
+    def cot(self, talk, a, b, rule):
+        talk = talk.replace("\n\nHuman:", "\n\nH:").replace("\n\nAssistant:", "\n\nA:")
+        return f"{self.cot_lead}{talk}\n\n{rule}\n (A) [[[{a}]]]\n (B) [[[{b}]]]{self.cot_end}"
+
+    def plain_shots(self, rule):
+        texts = [self.plain(talk, *((good, bad) if i % 2 == 0 else (bad, good)), rule)
+                 + (" (A)" if i % 2 == 0 else " (B)")
+                 for i, (talk, good, bad) in enumerate(self.pairs)]
+        return "".join(texts)
+
+    def cot_shots(self, rule):
+        return "".join(text.replace("{}", rule) for text in self.reasoned)
+
+
+@pytest.fixture(params=["ours", "theirs"])
+def published(request, tmp_path, monkeypatch):
+    folder = tmp_path / "paper"
+    if request.param == "ours":
+        monkeypatch.delenv("CAI_DATA_DIR", raising=False)
+        for name, data in OURS.items():
+            (folder / "prompts").mkdir(parents=True, exist_ok=True)
+            (folder / "prompts" / name).write_text(json.dumps(data), "utf-8")
+        (folder / "evals").mkdir()
+        rows = [{"prompt": QUESTION.replace("{}", str(i)), "corrects": [" (A)"],
+                 "incorrects": [" (B)"]} for i in range(3)]
+        (folder / "evals/438HHHEvaluations.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return Published(folder)
+    folder = Path(os.environ.get("CAI_DATA_DIR") or ".") / "constitutional_harmlessness_paper"
+    if not os.environ.get("CAI_DATA_DIR") or not folder.exists():
+        pytest.skip("CAI_DATA_DIR does not hold constitutional_harmlessness_paper")
+    return Published(folder)
+
+
+SAID = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Help"  # TALK
+PAIRS = [{"prompt": TALK, "responses": ["good", "bad"]}] * 40
+
+
+@pytest.mark.parametrize("few_shot", [False, True])
+def test_a_base_model_reads_the_paper_s_question_to_the_character(published, few_shot):
+    judge = Judge()
+    rows = feedback.label(judge, PAIRS, published.law, few_shot=few_shot)
+    rules = [published.rules[int(r["principle"].removeprefix("comparison"))] for r in rows]
+    assert len(set(rules)) > 1
+    for i, rule in enumerate(rules):
+        shots = published.plain_shots(rule) if few_shot else ""
+        assert judge.read[2 * i] == shots + published.plain(SAID, "good", "bad", rule)
+        assert judge.read[2 * i + 1] == shots + published.plain(SAID, "bad", "good", rule)
+
+
+@pytest.mark.parametrize("few_shot", [False, True])
+def test_a_base_model_reads_the_paper_s_chain_to_the_character(published, few_shot):
+    judge = Judge(chains=["\n(A) is good.\n", " Good."])
+    rows = feedback.label(judge, PAIRS, published.law, few_shot=few_shot, cot=True, n_samples=2)
+    for i, row in enumerate(rows):
+        rule = published.rules[int(row["principle"].removeprefix("comparison"))]
+        shots = published.cot_shots(rule) if few_shot else ""
+        asked = shots + published.cot(SAID, "good", "bad", rule)
+        assert judge.asked[2 * i] == asked
+        assert judge.read[4 * i : 4 * i + 2] == [asked + "\n(A) is good." + published.answer,
+                                                asked + " Good." + published.answer]
+        assert row["cot"] == ["(A) is good.", "Good."] * 2
+    # A chain ends where the next human turn begins, in which its answer is read.
+    assert published.answer.startswith("\n\nHuman:") and "\n\nHuman:" in judge.settings[0]["stop"]
+    assert published.answer.rpartition("\n")[2] in judge.settings[0]["stop"]
+
+
+def test_the_published_examples_are_questions_of_this_form(published):
+    """Each published chain, asked anew from its parts, is the text in the file; so are all
+    questions."""
+    for text in published.reasoned:
+        head, _, rest = text.partition("\n\nH: ")
+        if head != published.cot_lead:
+            continue  # it opens in words of its own
+        talk, _, rest = ("\n\nH: " + rest).partition("\n\n{}\n (A) [[[")
+        a, _, rest = rest.partition("]]]\n (B) [[[")
+        b, _, rest = rest.partition("]]]")
+        prompt = [{"role": "user" if who == "H" else "assistant", "content": said}
+                  for who, said in re.findall(r"\n\n([HA]): (.*?)(?=\n\n[HA]: |\Z)", talk, re.S)]
+        form = multiple_choice.form_of(published.law, cot=True)
+        assert form.text(prompt, a, b, "{}") + rest.removeprefix(published.cot_end) == text
+    for question in published.questions:
+        talk, _, rest = question["prompt"].removeprefix(published.lead).partition(
+            "\n\n" + published.rules[1] + "\n (A) [[[")
+        a, _, rest = rest.partition("]]]\n (B) [[[")
+        b = rest.removesuffix("]]]" + published.end)
+        prompt = [{"role": "user" if who == "Human" else "assistant", "content": said}
+                  for who, said in re.findall(
+                      r"\n\n(Human|Assistant): (.*?)(?=\n\n(?:Human|Assistant): |\Z)", talk, re.S)]
+        judge, rule = Judge(), [{"id": "0", "principle": published.rules[1]}]
+        one = constitution.Constitution("p", comparisons=rule, forms=published.law.forms)
+        feedback.label(judge, [{"prompt": prompt, "responses": [a, b]}], one)
+        assert judge.read[0] == question["prompt"]
+
+
+@pytest.mark.parametrize("cot", [False, True])
+def test_a_chat_model_gets_the_paper_s_question_in_turns(published, cot):
+    judge = Judge(chains=[" c"], tokenizer=Chat)
+    rule = published.rules[0]
+    feedback.label(judge, PAIRS[:1], published.law, n_principles=1, few_shot=True, cot=cot)
+    build = published.cot if cot else published.plain
+    lead = published.cot_end if cot else published.end
+    body = build(SAID, "good", "bad", rule).removesuffix(lead).strip().removeprefix("Human: ")
+    reply = lead.strip().removeprefix("Assistant: ")
+    first = (judge.asked if cot else judge.read)[0]
+    assert first.endswith(f"<user>{body}<assistant>{reply}")
+    answer = published.answer.rpartition("\n")[2] if cot else reply
+    shots = published.reasoned if cot else published.pairs
+    assert first.count(f"{answer} (") == len(shots) and first.count("<user>") == len(shots) + 1
+    assert "Human:\n" not in first and "\n\nAssistant:" not in first.replace(SAID, "")
+    if cot:  # the answer stays in the turn of the chain
+        assert judge.read[0] == f"{first} c\n\n{answer}"
+
+
+def test_labels_in_the_paper_s_form_are_the_model_s_probabilities(published):
+    model, tokenizer = tiny.llama(context=4096), tiny.tokenizer()
+    pairs = [{"prompt": TALK, "responses": ["one", "two"]}]
+    settings = {"n_principles": 1, "both_orders": True}
+    (row,) = feedback.label(Sampler(model, tokenizer), pairs, published.law, **settings)
+    a, b = (p_of_a(model, tokenizer, published.plain(SAID, *two, published.rules[0]))
+            for two in (("one", "two"), ("two", "one")))
+    assert row["p_first"] == pytest.approx((a + 1 - b) / 2, abs=1e-5)
+    (row,) = feedback.label(Sampler(model, tokenizer), pairs, published.law, cot=True,
+                            max_new_tokens=12, temperature=0, **settings)
+    lead = published.cot(SAID, "one", "two", published.rules[0])
+    (said,), = Sampler(model, tokenizer).generate(
+        [lead], temperature=0, max_new_tokens=12, stop=("\n\nHuman:",))
+    read = [lead + said.text.rstrip() + published.answer]
+    lead = published.cot(SAID, "two", "one", published.rules[0])
+    (said,), = Sampler(model, tokenizer).generate(
+        [lead], temperature=0, max_new_tokens=12, stop=("\n\nHuman:",))
+    read.append(lead + said.text.rstrip() + published.answer)
+    a, b = (p_of_a(model, tokenizer, text) for text in read)
+    assert row["p_first"] == pytest.approx((a + 1 - b) / 2, abs=1e-5)
+
+
+def test_published_questions_get_the_paper_s_chains_and_examples(published):
+    judge = Judge(chains=[" c"])
+    asked = published.questions[:3]
+    prefix, left = multiple_choice.shots(asked, "constitution", published.law)
+    assert left == asked and prefix == published.plain_shots(published.rules[1])
+    multiple_choice.answer(judge, asked, few_shot=prefix)
+    assert judge.read == [prefix + q["prompt"] for q in asked]
+    judge = Judge(chains=[" c"])
+    multiple_choice.answer(judge, asked, cot=True, forms=published.law.forms)
+    for text, question in zip(judge.asked, asked, strict=True):
+        talk = question["prompt"].removeprefix(published.lead).partition("\n\n\n")[0]
+        a = question["prompt"].partition(" (A) [[[")[2].partition("]]]\n (B) ")[0]
+        b = question["prompt"].partition("]]]\n (B) [[[")[2].removesuffix("]]]" + published.end)
+        assert text == published.cot(talk, a, b, published.rules[1])
+    assert judge.read[0] == judge.asked[0] + " c" + published.answer
+    judge = Judge(chains=[" c"])
+    multiple_choice.answer(judge, [NINE], cot=True, forms=published.law.forms)
+    assert judge.asked[0].endswith("\nStep by step:")  # no comparison: the project's own chain
+
+
+def test_a_missing_form_is_said(tmp_path, monkeypatch):
+    monkeypatch.delenv("CAI_DATA_DIR", raising=False)
+    name = "RLMadisonInstructions.json"
+    (tmp_path / name).write_text(json.dumps(OURS[name]))
+    law, judge = constitution.load(tmp_path), Judge()
+    with pytest.warns(UserWarning, match="438HHHEvaluations.jsonl beside their folder"):
+        feedback.label(judge, PAIRS[:1], law, n_principles=1)
+    assert judge.read[0] == multiple_choice.question_text(TALK, "good", "bad", OURS[name][0])
+    with pytest.warns(UserWarning, match="RLMadisonPrecogFewShotPrompts.json"):
+        assert multiple_choice.form_of(law, cot=True) == multiple_choice.OWN["comparison_cot"]

@@ -1,10 +1,27 @@
-"""Readers of the paper's published prompt files: JSON -> entries of a constitution."""
+"""Readers of the paper's published prompt files: JSON -> entries of a constitution, and the forms
+of its comparison questions.
+
+What the files say, and what is inferred. `RLMadisonPrecogFewShotPrompts.json` shows whole questions
+with chain of thought, a `{}` where the principle goes. `RLMadisonFewShotPrompts.json` has bare
+pairs of responses; the form without chain of thought is that of section 4.1, which the published
+questions of `evals/438HHHEvaluations.jsonl` have, one of the principles in it. Inferred are: the
+letters of those pairs (they alternate), that examples ask for the principle of their question, and
+that they follow each other with nothing in between.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 from cai_utils import dialogue
+from cai_utils.data import question_form
+from cai_utils.data.fetch import local
+from cai_utils.experiment.files import read_rows
+
+QUESTIONS = "evals/438HHHEvaluations.jsonl"
+COT_SHOTS = "RLMadisonPrecogFewShotPrompts.json"
 
 
 # One reader for each file: (JSON, path) -> (section of the constitution, entries).
@@ -34,7 +51,7 @@ def _between(text, start, end, path, name):
 
 def _comparisons(data, path):
     return "comparisons", [
-        {"id": f"comparison{i}", "principle": text.strip()} for i, text in enumerate(data)
+        {"id": f"comparison{i}", "principle": text} for i, text in enumerate(data)  # verbatim
     ]
 
 
@@ -71,27 +88,38 @@ def _comparison_shots(data, path):
 
 
 def _cot_shots(data, path):
-    pattern = re.compile(
-        r".*?\n\nH: (?P<turns>.*)\n\n\{\}"
-        r"\n \(A\) \[\[\[(?P<a>.*)\]\]\]\n \(B\) \[\[\[(?P<b>.*)\]\]\]"
-        r"\n\nAssistant: Let's think step by step:(?P<reasoning>.*)"
-        r"\n\nHuman:\nSo the answer is: \((?P<answer>[AB])\)",
-        re.DOTALL,
-    )
     entries = []
     for i, item in enumerate(data):
         text = item["prompt"][0] if isinstance(item["prompt"], list) else item["prompt"]
-        match = pattern.fullmatch(text.strip())
-        if match is None:
+        _, entry = question_form.parse(text.rstrip(), reasoned=True) or (None, {})
+        if entry.pop("principle", None) != "{}":
             raise ValueError(f"{path}: example {i} is not a reasoned choice as published")
-        entry = {k: v.strip() for k, v in match.groupdict().items()}
-        turns = re.split(r"\n\n([HA]):", "\n\nH: " + entry.pop("turns"))[1:]
-        prompt = [
-            {"role": "user" if who == "H" else "assistant", "content": text.strip()}
-            for who, text in zip(turns[::2], turns[1::2], strict=True)
-        ]
-        entries.append({"prompt": prompt, **entry})
+        turns = [{**turn, "content": turn["content"].strip()} for turn in entry.pop("prompt")]
+        answer = entry.pop("letter")
+        entry = {key: value.strip() for key, value in entry.items()}
+        entries.append({"prompt": turns, **entry, "answer": answer, "published": text})
     return "comparison_cot", entries
+
+
+def question_forms(folder) -> dict:
+    """{"comparison", "comparison_cot": the published form, None where its file is missing}.
+
+    The first is read from the 438 questions: `evals/` beside `folder`, `folder` itself, or
+    CAI_DATA_DIR; the second from the examples with chain of thought in `folder`.
+    """
+    folder, forms = Path(folder), {"comparison": None, "comparison_cot": None}
+    places = [folder.parent / QUESTIONS, folder / Path(QUESTIONS).name,
+              local(f"constitutional_harmlessness_paper/{QUESTIONS}")]
+    path = next((place for place in places if place and place.is_file()), None)
+    if path:
+        found = question_form.common([str(row.get("prompt")) for row in read_rows(path)])
+        forms["comparison"] = found and found[0]
+    if (folder / COT_SHOTS).is_file():
+        data = json.loads((folder / COT_SHOTS).read_text(encoding="utf-8"))
+        texts = [entry["published"] for entry in _cot_shots(data, folder / COT_SHOTS)[1]]
+        found = question_form.common([text.rstrip() for text in texts], reasoned=True)
+        forms["comparison_cot"] = found and found[0]
+    return forms
 
 
 READERS = {
@@ -99,5 +127,5 @@ READERS = {
     "CritiqueRevisionFewShotPrompts.json": _critique_shots,
     "RLMadisonInstructions.json": _comparisons,
     "RLMadisonFewShotPrompts.json": _comparison_shots,
-    "RLMadisonPrecogFewShotPrompts.json": _cot_shots,
+    COT_SHOTS: _cot_shots,
 }

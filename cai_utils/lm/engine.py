@@ -56,6 +56,7 @@ class Engine:
         self.context = getattr(config, "max_position_embeddings", None)
         self._token_bytes = bytes_per_token(model, config)
         self.batch_tokens = batch_tokens or memory_budget(model.device, self._token_bytes)
+        self.told = None  # called with the number of rows that each part of a prefill has read
         # Of this call's prompts: {ids: tokens of its shared prefix}, {prefix: its cache}.
         self._shared, self._prefixes = {}, OrderedDict()
         self._mask_once = (
@@ -186,6 +187,8 @@ class Engine:
                 source = [i for i, ids in enumerate(part) for _ in rows[ids]]
                 where, source = (torch.tensor(x, device=device) for x in (where, source))
                 parts.append((where, source, *self._compute(part, prefix)))
+                if self.told:
+                    self.told(len(where))
         pad = torch.tensor([width - len(ids) for ids in prompts], device=device)
         logits = parts[0][2].new_empty(len(prompts), parts[0][2].shape[1])
         for where, source, part, _ in parts:

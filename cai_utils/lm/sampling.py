@@ -178,15 +178,32 @@ class Sampler:
             return batch, sum(len(rest[i]) for i in batch) * (longest + fed) // len(batch)
 
         def score(batch):
-            scores = self.engine.score([prefixes[i] for i in batch], [rest[i] for i in batch])
+            rows, read, shown = sum(len(rest[i]) for i in batch), 0, 0
+
+            def told(n):  # a batch may take minutes
+                nonlocal read, shown
+                read, before = read + n, shown
+                shown = min(len(batch) * read // rows, len(batch))
+                bar.update(shown - before)
+
+            self.engine.told = told
+            try:
+                scores = self.engine.score([prefixes[i] for i in batch], [rest[i] for i in batch])
+            except (RuntimeError, MemoryError):
+                bar.update(-shown)
+                raise
+            finally:
+                self.engine.told = None
             keep(batch, [(row - np.logaddexp.reduce(row)).tolist() for row in scores])
+            return shown
 
         with journal.progress(len(todo), "question", progress, len(todo) - len(left)) as bar:
             self._run_batches(left, next_batch, score, [prefixes[i] for i in left], bar)
         return out
 
     def _run_batches(self, jobs, next_batch, run, prompts, bar):
-        """Runs jobs in batches: next_batch(jobs) -> (the next batch, tokens of one of its jobs).
+        """Runs jobs in batches: next_batch(jobs) -> (the next batch, tokens of one of its jobs);
+        run(batch) -> how many of them the bar has shown already, if any.
         Where memory runs out, the batch is halved, and so are those after it."""
         sharing = (self.engine.sharing_prefixes(prompts) if self.share_prefixes
                    else contextlib.nullcontext())
@@ -194,7 +211,7 @@ class Sampler:
             while jobs:
                 batch, job_tokens = next_batch(jobs)
                 try:
-                    run(batch)
+                    shown = run(batch) or 0
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
@@ -213,7 +230,7 @@ class Sampler:
                         torch.cuda.empty_cache()
                     continue
                 jobs = jobs[len(batch) :]
-                bar.update(len(batch))
+                bar.update(len(batch) - shown)
 
     def _most_rows(self):
         """Rows of a batch whose logits fit beside the cache; sampling makes a few copies of

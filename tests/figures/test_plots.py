@@ -83,6 +83,13 @@ def identify_classify():
     return d.assign(chance=np.where(d["task"] == "which kind of harm", 1 / 9, 0.5))
 
 
+def real_identify():
+    """One real model, and only one of the two published files."""
+    return frame([({"task": "harmful or harmless", "size": "135M", "parameters": 106_203_456,
+                    "method": m, "chance": 0.5}, 0.5 + 0.1 * i)
+                  for i, m in enumerate(("multiple choice", "few-shot", "CoT"))])
+
+
 def truth_in_training():
     return frame([({"method": m, "size": "s", "step": k * 1024, "axis": a}, i + k)
                   for i, m in enumerate(RL) for k in range(4)
@@ -133,6 +140,7 @@ FIGURES = {
     "rl, sizes": (plots.rl_curves, lambda: history(("xs", "s"))),
     "sl_cai_n": (plots.sl_cai_n, supervised),
     "fig12": (plots.fig12_identify_classify, identify_classify),
+    "fig12, one task": (plots.fig12_identify_classify, real_identify),
     "rl_truth": (plots.rl_truth, truth_in_training),
     "refusals": (plots.refusal_confusion, confusions),
 }
@@ -222,6 +230,7 @@ LABELS = {
            ("RL training sequences", "Response length (tokens)")],
     "sl_cai_n": [("SL-CAI-n: number of revisions", y) for y in ("True harm", "True helpfulness")],
     "fig12": [("Parameters", "Accuracy")] * 2,
+    "fig12, one task": [("Parameters", "Accuracy")],
     "rl_truth": [("RL training sequences", y) for y in (
         "True harm", "True helpfulness", "Evasive share")],
     "refusals": [(f"Refusal ({by})", y) for by in ("rule", "reader")
@@ -254,6 +263,7 @@ PANELS = {  # name: the rows behind each panel
     "accuracy": [("axis", "helpful"), ("axis", "harmless")],
     "sl_cai_n": [("axis", "True harm"), ("axis", "True helpfulness")],
     "fig12": [("task", "harmful or harmless"), ("task", "which kind of harm")],
+    "fig12, one task": [("task", "harmful or harmless")],
     "rl_truth": [("axis", a) for a in ("True harm", "True helpfulness", "Evasive share")],
 }
 

@@ -1,7 +1,9 @@
 """The local engine against transformers.generate, plain forward passes and known distributions."""
 
+import contextlib
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from cai_utils.lm import kvcache
+from cai_utils.experiment import journal
+from cai_utils.lm import engine, kvcache
 from cai_utils.lm.completion import Completion
 from cai_utils.lm.engine import _pick
 from cai_utils.lm.sampling import Sampler
@@ -423,3 +426,29 @@ def test_a_live_model_that_is_not_causal_is_refused(llama):
         Sampler(BertForMaskedLM(config), TOKENIZER)
     with pytest.raises(ValueError, match="llama cannot be sampled"):
         Sampler(LlamaForSequenceClassification(CONFIGS["llama"]), TOKENIZER)
+
+
+def test_progress_is_told_within_a_batch_of_questions(monkeypatch):
+    """A batch may be hundreds of questions and take many minutes: its parts are counted, and where
+    memory runs out in the middle, what has to be read again is taken back."""
+    told = []
+    monkeypatch.setattr(journal, "progress", lambda *_: contextlib.nullcontext(
+        SimpleNamespace(update=told.append)))
+    monkeypatch.setattr(engine, "_PREFILL_TOKENS", 40)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    texts = [f"a question of some length {'ab' * i}:" for i in range(6)] + ["a short one:"] * 2
+    sampler = Sampler(model, TOKENIZER, share_prefixes=False)
+    found = sampler.choice_logprobs(texts, [" (A)", " (B)"])
+    assert sum(told) == len(texts) and max(told) < 3 and len(told) > 4
+    del told[:]
+    forward, calls = sampler.engine._forward, []
+
+    def fails_once(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("out of memory")
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(sampler.engine, "_forward", fails_once)
+    assert sampler.choice_logprobs(texts, [" (A)", " (B)"]) == pytest.approx(found, abs=1e-5)
+    assert sum(told) == len(texts) and min(told) < 0
