@@ -16,9 +16,9 @@ or was not made to answer, help or the like (DECLINES); or when it has at most `
 and only apologises, does not understand, has no opinion or turns to something else (DODGES).
 
 Written from general knowledge, on sentences of our own, on half of the prompts of
-`refusal_labels/`, and on XSTest's completions of ten of its eighteen prompt types by Llama2 with
+`labels/`, and on XSTest's completions of ten of its eighteen prompt types by Llama2 with
 its original system prompt and by Mistral-Instruct (DEVELOPMENT). Then it was frozen. How well it
-does on the other half is in `refusal_labels/README.md` and LOG.md; notebook 12 computes it again.
+does on the other half is in `labels/README.md` and LOG.md; notebook 12 computes it again.
 Whoever changes the rule after looking at those has to say so here. English only.
 """
 

@@ -1,0 +1,192 @@
+"""How well refusals are read: readings against labels, beside a guess from the prompt alone.
+
+A *case* is a labelled response: {"source", "id" (of the prompt), "type", "model", "response",
+"human" (a label of `xstest.LABELS`), "evasive" (0 or 1, None where nobody has labelled it),
+"second" (the label of a second rater, or None), "second_evasive", "weight", "split"}. Sources are
+the completions of XSTest (Röttger et al. 2024) and the paper's samples that `labels/` has labels
+of. `split` is "development" for what was read while the rule was written and "test" for the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cai_utils.data import paper
+from cai_utils.data.xstest import COMPLIANCE, FULL, LABELS
+from cai_utils.evaluation import refusal_rule, stats
+from cai_utils.experiment import files
+
+LABELLED = Path(__file__).parent / "labels" / "refusals.csv"
+SAMPLES = "published samples"
+RULE, PROMPT, SECOND = "rule", "prompt alone", "second rater"
+QUESTIONS = ("evasive", "full refusal", "any refusal")
+LENGTHS = ("short", "long")  # up to EVASIVE_WORDS words, and more
+KAPPA = 0.6  # what the interval of a measure's kappa has to be above
+
+
+def xstest_cases(rows) -> list[dict]:
+    """The cases of rows of `xstest.load_completions`, the first annotator's label and the second's
+    kept in "first" and "second"."""
+    keep = ("id", "type", "model", "response", "human")
+    return [{**{k: r[k] for k in keep}, "source": f"XSTest, {r['model']}", "weight": 1.0,
+             "first": r["annotators"][0], "second": r["annotators"][1], "evasive": None,
+             "second_evasive": None,
+             "split": "development" if r["type"] in refusal_rule.DEVELOPMENT else "test"}
+            for r in rows]
+
+
+def sample_cases(path=LABELLED) -> list[dict]:
+    """The cases of the paper's samples, from a file of labels and the texts of `data.paper`.
+
+    The file has a row for each answer and rater: set, model, id, rank (`rank_in_file`), split,
+    weight (answers that this one stands for), rater (1 or 2), label, evasive. ValueError for a
+    label that is none, or that belongs to no sample; FileNotFoundError as `paper.load_samples`.
+    """
+    texts, cases = {}, {}
+    for number, row in enumerate(files.read_rows(path), 2):
+        at, name = f"{path}, line {number}", row["set"]
+        if row["label"] not in LABELS or row["evasive"] not in ("0", "1"):
+            raise ValueError(f"{at}: label {row['label']!r} and evasive {row['evasive']!r}; a label "
+                             f"is one of {', '.join(LABELS)}, evasive is 0 or 1")
+        if name not in texts:
+            samples = paper.load_samples(name, [*paper.MODELS, paper.SL_CAI])
+            texts[name] = {(s["model"], s["id"], s["rank_in_file"]): s["response"] for s in samples}
+        key = (row["model"], row["id"], int(row["rank"]))
+        if key not in texts[name]:
+            raise ValueError(f"{at}: the paper's samples have no answer {key}")
+        case = cases.setdefault((name, *key), {
+            "source": SAMPLES, "id": row["id"], "type": row["id"], "model": row["model"],
+            "response": texts[name][key], "weight": float(row["weight"]), "split": row["split"],
+            "second": None, "second_evasive": None})
+        mine = ("human", "evasive") if row["rater"] == "1" else ("second", "second_evasive")
+        case |= {mine[0]: row["label"], mine[1]: int(row["evasive"])}
+    return list(cases.values())
+
+
+def length(response) -> str:
+    """The class of LENGTHS that a response is of."""
+    return LENGTHS[len(response.split()) > refusal_rule.EVASIVE_WORDS]
+
+
+def answers(question, label, evasive=None):
+    """Whether a label says yes to a question of QUESTIONS; None where nobody has labelled it."""
+    if question == "evasive":
+        return evasive if evasive is None else bool(evasive)
+    return None if label is None else (label == FULL if question == QUESTIONS[1]
+                                       else label != COMPLIANCE)
+
+
+def _read(question, case, label):
+    """What a reader's label of a response says to a question; evasive: a short full refusal."""
+    short = length(case["response"]) == LENGTHS[0]
+    return answers(question, label, label == FULL and short)
+
+
+def by_prompt(cases, question) -> list:
+    """A guess that does not read the response: what most responses of the *other models* to the
+    same prompt are, by their labels (weighted), False in a tie; None where there are none."""
+    votes = {}
+    for case in cases:
+        yes = answers(question, case["human"], case["evasive"])
+        if yes is not None:
+            for_model = votes.setdefault(case["id"], {}).setdefault(case["model"], [])
+            for_model.append((case["weight"], yes))
+    found = []
+    for case in cases:
+        others = [v for model, given in votes.get(case["id"], {}).items()
+                  if model != case["model"] for v in given]
+        total = sum(w for w, _ in others)
+        found.append(sum(w for w, yes in others if yes) > total / 2 if others else None)
+    return found
+
+
+def scores(human, found, weight, cluster, n_boot=1000, seed=0) -> dict:
+    """Kappa, precision and recall of yes and no against yes and no -> {measure: stats.Estimate}.
+
+    weight: of each row; cluster: rows of one are resampled together, and `n` counts those that a
+    measure is about. The intervals of precision and recall are the wider of the bootstrap's and
+    Wilson's over clusters. Measures that do not exist (nothing found, all alike) are left out.
+    """
+    human, found = np.asarray(human, dtype=bool), np.asarray(found, dtype=bool)
+    codes, names = pd.factorize(np.asarray(cluster))
+    cells = np.zeros((len(names), 4))  # both, human only, found only, neither
+    np.add.at(cells, (codes, np.where(human, np.where(found, 0, 1), np.where(found, 2, 3))), weight)
+
+    def measures(counts):  # (B, 4) -> (B, 3)
+        both, missed, invented, neither = (counts / counts.sum(1, keepdims=True)).T
+        h, f = both + missed, both + invented
+        chance = h * f + (1 - h) * (1 - f)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            kappa = np.where(chance < 1, (both + neither - chance) / (1 - chance), np.nan)
+            return np.stack([kappa, both / f, both / h], axis=1)
+
+    value = measures(cells.sum(0, keepdims=True))[0]
+    draws = np.concatenate([measures(w @ cells) for w in stats.resample(len(names), n_boot, seed)])
+    units = (len(names), *((cells[:, [0, k]].sum(1) > 0).sum() for k in (2, 1)))
+    table = {}
+    for i, name in enumerate(("kappa", "precision", "recall")):
+        if np.isnan(value[i]):
+            continue
+        low, high = stats.interval(draws[~np.isnan(draws[:, i]), i], units[i])
+        if name != "kappa":
+            floor = stats.wilson(units[i] * value[i], units[i])
+            low, high = np.fmin(low, floor.low), np.fmax(high, floor.high)
+        table[name] = stats.Estimate(float(value[i]), float(low), float(high), int(units[i]))
+    return table
+
+
+def agreement(cases, readings=()) -> pd.DataFrame:
+    """The rule, other readers and a guess from the prompt alone, against the labels of the cases.
+
+    readings: a dict {read_by: label} for each case, of `refusal_probe.readings`. Columns: source,
+    split, length ("all" and LENGTHS), question, read_by, measure (kappa, precision, recall),
+    estimate, ci_low, ci_high, n, responses, positives (unweighted). The unit of the intervals, n,
+    is the prompt's type in XSTest and the prompt in the samples. "second rater" is what two raters
+    agree in, above which no reading can be expected to go.
+    """
+    long = []
+    for question in QUESTIONS:
+        guess = {}
+        for source in dict.fromkeys(c["source"].split(",")[0] for c in cases):
+            at = [i for i, c in enumerate(cases) if c["source"].split(",")[0] == source]
+            guess |= dict(zip(at, by_prompt([cases[i] for i in at], question), strict=True))
+        for i, case in enumerate(cases):
+            labels = readings[i] if readings else {}
+            rule = (refusal_rule.is_evasive if question == "evasive" else refusal_rule.declines)
+            found = {RULE: rule(case["response"]), PROMPT: guess[i],
+                     **{name: _read(question, case, label) for name, label in labels.items()},
+                     SECOND: answers(question, case["second"], case["second_evasive"])}
+            truth = answers(question, case["human"], case["evasive"])
+            first = answers(question, case.get("first", case["human"]), case["evasive"])
+            of = length(case["response"])
+            long += [(case["source"], case["split"], where, question, name, case["type"],
+                      case["weight"], first if name == SECOND else truth, yes)
+                     for name, yes in found.items() for where in ("all", of)]
+    by = ["source", "split", "length", "question", "read_by"]
+    frame = pd.DataFrame(long, columns=[*by, "type", "weight", "human", "found"]).dropna()
+    rows = []
+    for group, d in frame.groupby(by, sort=False):
+        for name, e in scores(d["human"], d["found"], d["weight"], d["type"]).items():
+            rows.append((*group, name, *e, len(d), int(d["human"].sum())))
+    names = [*by, "measure", "estimate", "ci_low", "ci_high", "n", "responses", "positives"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def holds(table, question="evasive", length="all") -> dict:
+    """The rule's kappa, precision and recall on the test prompts of the paper's samples, {measure:
+    row}, or {} unless kappa's interval lies above KAPPA and its estimate above that of the guess
+    from the prompt. Measures that do not hold are not shown as shares (notebook 12)."""
+    part = table[(table["source"] == SAMPLES) & (table["split"] == "test")
+                 & (table["question"] == question) & (table["length"] == length)]
+    of = {name: d.set_index("measure") for name, d in part.groupby("read_by")}
+    if RULE not in of or "kappa" not in of[RULE].index:
+        return {}
+    kappa, guess = of[RULE].loc["kappa"], of.get(PROMPT)
+    beaten = guess is None or "kappa" not in guess.index or (
+        kappa["estimate"] > guess.loc["kappa", "estimate"])
+    if not (kappa["ci_low"] > KAPPA and beaten):
+        return {}
+    return {name: of[RULE].loc[name] for name in of[RULE].index}
