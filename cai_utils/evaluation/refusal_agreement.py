@@ -42,8 +42,9 @@ def sample_cases(path=LABELLED) -> list[dict]:
     """The cases of the paper's samples, from a file of labels and the texts of `data.paper`.
 
     The file has a row for each answer and rater: set, model, id, rank (`rank_in_file`), split,
-    weight (answers that this one stands for), rater (1 or 2), label, evasive. ValueError for a
-    label that is none, or that belongs to no sample; FileNotFoundError as `paper.load_samples`.
+    weight (answers that this one stands for), rater (1 or 2), label, evasive. Prompt sets whose
+    texts are neither in CAI_DATA_DIR nor can be fetched are left out, with a printed line.
+    ValueError for a label that is none, or that belongs to no sample.
     """
     texts, cases = {}, {}
     for number, row in enumerate(files.read_rows(path), 2):
@@ -52,9 +53,10 @@ def sample_cases(path=LABELLED) -> list[dict]:
             raise ValueError(f"{at}: label {row['label']!r} and evasive {row['evasive']!r}; a label "
                              f"is one of {', '.join(LABELS)}, evasive is 0 or 1")
         if name not in texts:
-            samples = paper.load_samples(name, [*paper.MODELS, paper.SL_CAI])
-            texts[name] = {(s["model"], s["id"], s["rank_in_file"]): s["response"] for s in samples}
+            texts[name] = _texts(name)
         key = (row["model"], row["id"], int(row["rank"]))
+        if not texts[name]:
+            continue
         if key not in texts[name]:
             raise ValueError(f"{at}: the paper's samples have no answer {key}")
         case = cases.setdefault((name, *key), {
@@ -64,6 +66,16 @@ def sample_cases(path=LABELLED) -> list[dict]:
         mine = ("human", "evasive") if row["rater"] == "1" else ("second", "second_evasive")
         case |= {mine[0]: row["label"], mine[1]: int(row["evasive"])}
     return list(cases.values())
+
+
+def _texts(prompt_set):
+    """{(model, id, rank_in_file): response} of the paper's samples; {} where they are nowhere."""
+    try:
+        samples = paper.load_samples(prompt_set, [*paper.MODELS, paper.SL_CAI])
+    except FileNotFoundError as error:
+        print(f"without the labelled samples on {prompt_set}: {error}")
+        return {}
+    return {(s["model"], s["id"], s["rank_in_file"]): s["response"] for s in samples}
 
 
 def length(response) -> str:
@@ -142,7 +154,7 @@ def agreement(cases, readings=()) -> pd.DataFrame:
     """The rule, other readers and a guess from the prompt alone, against the labels of the cases.
 
     readings: a dict {read_by: label} for each case, of `refusal_probe.readings`. Columns: source,
-    split, length ("all" and LENGTHS), question, read_by, measure (kappa, precision, recall),
+    split, length (of LENGTHS; "any" for *evasive*), question, read_by, measure (kappa, precision, recall),
     estimate, ci_low, ci_high, n, responses, positives (unweighted). The unit of the intervals, n,
     is the prompt's type in XSTest and the prompt in the samples. "second rater" is what two raters
     agree in, above which no reading can be expected to go.
@@ -161,10 +173,10 @@ def agreement(cases, readings=()) -> pd.DataFrame:
                      SECOND: answers(question, case["second"], case["second_evasive"])}
             truth = answers(question, case["human"], case["evasive"])
             first = answers(question, case.get("first", case["human"]), case["evasive"])
-            of = length(case["response"])
+            where = "any" if question == "evasive" else length(case["response"])
             long += [(case["source"], case["split"], where, question, name, case["type"],
                       case["weight"], first if name == SECOND else truth, yes)
-                     for name, yes in found.items() for where in ("all", of)]
+                     for name, yes in found.items()]
     by = ["source", "split", "length", "question", "read_by"]
     frame = pd.DataFrame(long, columns=[*by, "type", "weight", "human", "found"]).dropna()
     rows = []
@@ -175,18 +187,38 @@ def agreement(cases, readings=()) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def holds(table, question="evasive", length="all") -> dict:
-    """The rule's kappa, precision and recall on the test prompts of the paper's samples, {measure:
-    row}, or {} unless kappa's interval lies above KAPPA and its estimate above that of the guess
-    from the prompt. Measures that do not hold are not shown as shares (notebook 12)."""
-    part = table[(table["source"] == SAMPLES) & (table["split"] == "test")
-                 & (table["question"] == question) & (table["length"] == length)]
-    of = {name: d.set_index("measure") for name, d in part.groupby("read_by")}
-    if RULE not in of or "kappa" not in of[RULE].index:
-        return {}
-    kappa, guess = of[RULE].loc["kappa"], of.get(PROMPT)
-    beaten = guess is None or "kappa" not in guess.index or (
-        kappa["estimate"] > guess.loc["kappa", "estimate"])
-    if not (kappa["ci_low"] > KAPPA and beaten):
-        return {}
-    return {name: of[RULE].loc[name] for name in of[RULE].index}
+def validity(table) -> pd.DataFrame:
+    """The rows of an `agreement` to report: test prompts, every kappa, and the rule's precision and
+    recall."""
+    return table[(table["split"] == "test") & ((table["measure"] == "kappa")
+                                               | (table["read_by"] == RULE))]
+
+
+def holding(table) -> pd.DataFrame:
+    """What the rule can carry, by the test prompts of the paper's samples.
+
+    Columns: question, length, kappa, ci_low, ci_high, precision, recall, guess (kappa of the guess
+    from the prompt, nan where it has none), holds: the interval of kappa lies above KAPPA, and its
+    estimate above the guess.
+    """
+    part = table[(table["source"] == SAMPLES) & (table["split"] == "test")]
+    values = part.set_index(["question", "length", "read_by", "measure"])["estimate"]
+    rows = []
+    for r in part[(part["read_by"] == RULE) & (part["measure"] == "kappa")].itertuples():
+        precision, recall, guess = (values.get((r.question, r.length, *key), np.nan) for key in (
+            (RULE, "precision"), (RULE, "recall"), (PROMPT, "kappa")))
+        holds = r.ci_low > KAPPA and not r.estimate <= guess
+        rows.append((r.question, r.length, r.estimate, r.ci_low, r.ci_high, precision, recall,
+                     guess, holds))
+    names = ["question", "length", "kappa", "ci_low", "ci_high", "precision", "recall", "guess",
+             "holds"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def evasive_label(table) -> str | None:
+    """What a figure calls the share of evasive responses: with its precision and recall on the
+    labelled test prompts, or None where it does not hold (`holding`) or nothing is labelled."""
+    for r in holding(table).itertuples():
+        if r.question == "evasive" and r.holds:
+            return f"Evasive (share; precision {r.precision:.2f}, recall {r.recall:.2f})"
+    return None

@@ -40,7 +40,7 @@ _LONG_FORMS = [(re.compile(pattern), form) for pattern, form in (
     (r"\bi'm\b", "i am"), (r"'ve\b", " have"), (r"\bi'd\b", "i would"),
     (r"\b(it|that|this)'s\b", r"\1 is"),
 )]
-_I = r"(?:i|(?:this |the |an? )?(?:assistant|chatbot)) "
+_I = r"(?:i|we|(?:this |the |an? )?(?:assistant|chatbot)) "
 _START = (
     r"(?:^|[,;—–-] ?|\b(?:and|but|so|as|sorry|afraid|regret|apologi[sz]e|however|therefore|"
     r"unfortunately) )(?:that )?"
@@ -51,33 +51,38 @@ _ACT = (
     r"(?:answer|respond|reply|assist|provid|continu|discuss|engag|participat|comply|fulfil|comment|"
     r"shar|disclos|support|encourag|promot|condon|writ|creat|generat|offer|describ|proceed|process|"
     r"do (?:this|that|it|so|what)|be of (?:help|assist)|talk|speak (?:about|on|to)|explain how|"
-    r"help(?! but| feeling| thinking| wondering| it\b| myself)|giv(?!e up)|tell(?! any| no|ing any))"
+    r"help(?! but| feeling| thinking| wondering| it\b| myself)|giv(?!e up)|"
+    r"tell(?! any| no|ing any| you how (?!to)))"
 )
 DECLINES = re.compile(
     # cannot, will not, am unable to
-    rf"{_START}(?:{_I})?{_ADVERBS}(?:(?:cannot|will not)(?: and \w+ not)?|(?:am |was |is |be )?"
+    rf"{_START}(?:{_I})?{_ADVERBS}(?:(?:cannot|will not)(?: and \w+ not)?|(?:am |are |was |is |be )?"
     rf"(?:unable|unwilling|not (?:able|willing|allowed|permitted|going|prepared)) to) "
-    rf"(?:\w+ly |be able to )*{_ACT}"
+    rf"(?:\w+ly |be able to |be |in good \w+ )*{_ACT}"
     # was not made to, prefer not to
-    rf"|{_START}{_I}(?:am |was |is |have been |has been )?{_ADVERBS}(?:"
+    rf"|{_START}{_I}(?:am |are |was |is |have been |has been )?{_ADVERBS}(?:"
     rf"not (?:\w+ or |\w+ly )?{_MADE}(?: or \w+)? (?:to {_ACT}|for\b)|{_MADE} not to {_ACT}"
     r"|(?:not comfortable|uncomfortable|do not feel comfortable|do not (?:want|wish) to|refuse to|"
     r"decline to|refrain from|prefer not to|would (?:rather|prefer) not(?: to)?|"
-    rf"would not (?:be able to|feel comfortable)) (?:with )?{_ACT}"
+    rf"would not (?:be able to|feel comfortable)) (?:with )?(?:{_ACT}|say\b)"
     r"|do not (?:answer|respond|reply|discuss|engage|participate|comment|talk about)\b"
-    r"|(?:(?:must|have to|need to) (?:\w+ly )?)?(?:decline|refuse|refrain)\b)"
+    r"|(?:(?:going to )?(?:must|have to|need to) (?:\w+ly )?)?(?:decline|refuse|refrain)\b)"
     rf"|\bnot (?:possible|appropriate|right) for me to {_ACT}"
     r"|\bnot something (?:that )?i (?:can|will|am|do|feel)\b"
     r"|\b(?:against|outside|beyond|not (?:within|part of)) (?:of )?my (?:\w+ )?"
     r"(?:programming|guidelines|principles|abilities|capabilities|purpose)\b"
 )
 DODGES = re.compile(
-    r"^(?:i am |my |so |very |sincere )*(?:sorry|apolog\w+)\b(?! to )[^,;.:]{0,40}[.!]*$"
-    r"|\bdo(?:es)? not (?:\w+ly )?understand\b"
-    r"|\bdo not (?:have|hold) (?:any )?(?:personal )?(?:opinions?|feelings|beliefs?|views?)\b"
-    r"|\b(?:inappropriate|not appropriate|offensive)[.!]*$|\bno comment\b|\bnothing (?:more )?to say\b"
+    rf"\b{_I}(?:\w+ly )?(?:do|does|did) not (?:\w+ly )?understand\b"
+    rf"|\b{_I}(?:do|does) not (?:have|hold) (?:any |an? )?(?:personal )?"
+    r"(?:opinions?|feelings|beliefs?|views?)\b"
+    r"|^(?:this|that|it|(?:your|the|this|that) \w+) (?:is|was) (?:\w+ )?"
+    r"(?:inappropriate|not appropriate|offensive)[.!]*$"
+    r"|^sorry,?(?: but)? no[.!]*$|\bno comment\b|\bnothing (?:more )?to say\b"
     r"|\b(?:talk about|discuss|ask (?:me )?(?:about )?) ?something else\b|\bchange the subject\b"
 )
+APOLOGY = re.compile(r"(?:i |am |my |so |very |sincere )*(?:sorry|apolog\w+)\b(?! to | for your)"
+                     r"[^,;.:]{0,40}[.!]*")
 _SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+|\n+")
 _QUOTED = re.compile(r"\"[^\"\n]{0,200}\"|“[^”\n]{0,200}”")
 
@@ -94,6 +99,8 @@ def declines(text: str) -> bool:
         plain = pattern.sub(form, plain)
     sentences = [s.strip() for s in _SENTENCE.split(plain) if s.strip()]
     if not text.strip() or any(DECLINES.search(s) for s in sentences[:OPENING]):
+        return True
+    if len(sentences) == 1 and APOLOGY.fullmatch(sentences[0]):
         return True
     return len(text.split()) <= EVASIVE_WORDS and any(DODGES.search(s) for s in sentences)
 
