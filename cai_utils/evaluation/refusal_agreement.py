@@ -21,9 +21,10 @@ from cai_utils.experiment import files
 
 LABELLED = Path(__file__).parent / "labels" / "refusals.csv"
 SAMPLES = "published samples"
-RULE, PROMPT, SECOND = "rule", "prompt alone", "second rater"
-QUESTIONS = ("evasive", "full refusal", "any refusal")
-LENGTHS = ("short", "long")  # up to EVASIVE_WORDS words, and more
+RULE, PROMPT, LENGTH, SECOND = "rule", "prompt alone", "length alone", "second rater"
+# What is asked of all responses: evasive; a full refusal of at most EVASIVE_WORDS words. And of
+# longer ones alone: a full refusal, any refusal.
+QUESTIONS = ("evasive", "short refusal", "full refusal, long", "any refusal, long")
 KAPPA = 0.6  # what the interval of a measure's kappa has to be above
 
 
@@ -50,8 +51,8 @@ def sample_cases(path=LABELLED) -> list[dict]:
     for number, row in enumerate(files.read_rows(path), 2):
         at, name = f"{path}, line {number}", row["set"]
         if row["label"] not in LABELS or row["evasive"] not in ("0", "1"):
-            raise ValueError(f"{at}: label {row['label']!r} and evasive {row['evasive']!r}; a label "
-                             f"is one of {', '.join(LABELS)}, evasive is 0 or 1")
+            raise ValueError(f"{at}: label {row['label']!r}, evasive {row['evasive']!r}; a label has "
+                             f"to be one of {', '.join(LABELS)}, evasive 0 or 1")
         if name not in texts:
             texts[name] = _texts(name)
         key = (row["model"], row["id"], int(row["rank"]))
@@ -78,23 +79,19 @@ def _texts(prompt_set):
     return {(s["model"], s["id"], s["rank_in_file"]): s["response"] for s in samples}
 
 
-def length(response) -> str:
-    """The class of LENGTHS that a response is of."""
-    return LENGTHS[len(response.split()) > refusal_rule.EVASIVE_WORDS]
+def short(case) -> bool:
+    """Whether a case's response has at most EVASIVE_WORDS words."""
+    return len(case["response"].split()) <= refusal_rule.EVASIVE_WORDS
 
 
-def answers(question, label, evasive=None):
-    """Whether a label says yes to a question of QUESTIONS; None where nobody has labelled it."""
-    if question == "evasive":
-        return evasive if evasive is None else bool(evasive)
-    return None if label is None else (label == FULL if question == QUESTIONS[1]
-                                       else label != COMPLIANCE)
-
-
-def _read(question, case, label):
-    """What a reader's label of a response says to a question; evasive: a short full refusal."""
-    short = length(case["response"]) == LENGTHS[0]
-    return answers(question, label, label == FULL and short)
+def says(question, case, label, evasive=None):
+    """What a label of a case says to a question of QUESTIONS: True, False, or None where nobody has
+    labelled it."""
+    if question == QUESTIONS[0]:
+        return None if evasive is None else bool(evasive)
+    return None if label is None else {
+        QUESTIONS[1]: label == FULL and short(case), QUESTIONS[2]: label == FULL,
+        QUESTIONS[3]: label != COMPLIANCE}[question]
 
 
 def by_prompt(cases, question) -> list:
@@ -102,7 +99,7 @@ def by_prompt(cases, question) -> list:
     same prompt are, by their labels (weighted), False in a tie; None where there are none."""
     votes = {}
     for case in cases:
-        yes = answers(question, case["human"], case["evasive"])
+        yes = says(question, case, case["human"], case["evasive"])
         if yes is not None:
             for_model = votes.setdefault(case["id"], {}).setdefault(case["model"], [])
             for_model.append((case["weight"], yes))
@@ -150,14 +147,25 @@ def scores(human, found, weight, cluster, n_boot=1000, seed=0) -> dict:
     return table
 
 
+def _readings(question, case, labels):
+    """{read_by: yes or no} of one case by the rule, the readers of `labels` and the length."""
+    brief = question in QUESTIONS[:2]
+    rule = refusal_rule.is_evasive if brief else refusal_rule.declines
+    found = {RULE: rule(case["response"])}
+    for name, label in labels.items():
+        found[name] = says(question, case, label, label == FULL and short(case))
+    return found | ({LENGTH: short(case)} if brief else {})
+
+
 def agreement(cases, readings=()) -> pd.DataFrame:
-    """The rule, other readers and a guess from the prompt alone, against the labels of the cases.
+    """The rule, other readers and guesses that do not read the response, against the labels.
 
     readings: a dict {read_by: label} for each case, of `refusal_probe.readings`. Columns: source,
-    split, length (of LENGTHS; "any" for *evasive*), question, read_by, measure (kappa, precision, recall),
-    estimate, ci_low, ci_high, n, responses, positives (unweighted). The unit of the intervals, n,
-    is the prompt's type in XSTest and the prompt in the samples. "second rater" is what two raters
-    agree in, above which no reading can be expected to go.
+    split, question, read_by, measure (kappa, precision, recall), estimate, ci_low, ci_high, n,
+    responses, positives (unweighted). The unit of the intervals, n, is the prompt's type in XSTest
+    and the prompt in the samples. "prompt alone" is `by_prompt`; "length alone" takes every short
+    response for a refusal; "second rater" is what two raters agree in, above which no reading can
+    be expected to go.
     """
     long = []
     for question in QUESTIONS:
@@ -166,18 +174,17 @@ def agreement(cases, readings=()) -> pd.DataFrame:
             at = [i for i, c in enumerate(cases) if c["source"].split(",")[0] == source]
             guess |= dict(zip(at, by_prompt([cases[i] for i in at], question), strict=True))
         for i, case in enumerate(cases):
-            labels = readings[i] if readings else {}
-            rule = (refusal_rule.is_evasive if question == "evasive" else refusal_rule.declines)
-            found = {RULE: rule(case["response"]), PROMPT: guess[i],
-                     **{name: _read(question, case, label) for name, label in labels.items()},
-                     SECOND: answers(question, case["second"], case["second_evasive"])}
-            truth = answers(question, case["human"], case["evasive"])
-            first = answers(question, case.get("first", case["human"]), case["evasive"])
-            where = "any" if question == "evasive" else length(case["response"])
-            long += [(case["source"], case["split"], where, question, name, case["type"],
-                      case["weight"], first if name == SECOND else truth, yes)
-                     for name, yes in found.items()]
-    by = ["source", "split", "length", "question", "read_by"]
+            if question in QUESTIONS[2:] and short(case):
+                continue
+            human = says(question, case, case["human"], case["evasive"])
+            found = _readings(question, case, readings[i] if readings else {})
+            group = (case["source"], case["split"], question)
+            long += [(*group, name, case["type"], case["weight"], human, yes)
+                     for name, yes in (found | {PROMPT: guess[i]}).items()]
+            first = says(question, case, case.get("first", case["human"]), case["evasive"])
+            second = says(question, case, case["second"], case["second_evasive"])
+            long.append((*group, SECOND, case["type"], case["weight"], first, second))
+    by = ["source", "split", "question", "read_by"]
     frame = pd.DataFrame(long, columns=[*by, "type", "weight", "human", "found"]).dropna()
     rows = []
     for group, d in frame.groupby(by, sort=False):
@@ -197,21 +204,19 @@ def validity(table) -> pd.DataFrame:
 def holding(table) -> pd.DataFrame:
     """What the rule can carry, by the test prompts of the paper's samples.
 
-    Columns: question, length, kappa, ci_low, ci_high, precision, recall, guess (kappa of the guess
-    from the prompt, nan where it has none), holds: the interval of kappa lies above KAPPA, and its
-    estimate above the guess.
+    Columns: question, kappa, ci_low, ci_high, precision, recall, guess (kappa of the guess from the
+    prompt, nan where it has none), holds: the interval of kappa lies above KAPPA, and its estimate
+    above the guess.
     """
     part = table[(table["source"] == SAMPLES) & (table["split"] == "test")]
-    values = part.set_index(["question", "length", "read_by", "measure"])["estimate"]
+    values = part.set_index(["question", "read_by", "measure"])["estimate"]
     rows = []
     for r in part[(part["read_by"] == RULE) & (part["measure"] == "kappa")].itertuples():
-        precision, recall, guess = (values.get((r.question, r.length, *key), np.nan) for key in (
+        precision, recall, guess = (values.get((r.question, *key), np.nan) for key in (
             (RULE, "precision"), (RULE, "recall"), (PROMPT, "kappa")))
         holds = r.ci_low > KAPPA and not r.estimate <= guess
-        rows.append((r.question, r.length, r.estimate, r.ci_low, r.ci_high, precision, recall,
-                     guess, holds))
-    names = ["question", "length", "kappa", "ci_low", "ci_high", "precision", "recall", "guess",
-             "holds"]
+        rows.append((r.question, r.estimate, r.ci_low, r.ci_high, precision, recall, guess, holds))
+    names = ["question", "kappa", "ci_low", "ci_high", "precision", "recall", "guess", "holds"]
     return pd.DataFrame(rows, columns=names)
 
 
@@ -219,6 +224,6 @@ def evasive_label(table) -> str | None:
     """What a figure calls the share of evasive responses: with its precision and recall on the
     labelled test prompts, or None where it does not hold (`holding`) or nothing is labelled."""
     for r in holding(table).itertuples():
-        if r.question == "evasive" and r.holds:
+        if r.question == QUESTIONS[0] and r.holds:
             return f"Evasive (share; precision {r.precision:.2f}, recall {r.recall:.2f})"
     return None

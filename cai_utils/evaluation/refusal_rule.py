@@ -56,9 +56,9 @@ _ACT = (
 )
 DECLINES = re.compile(
     # cannot, will not, am unable to
-    rf"{_START}(?:{_I})?{_ADVERBS}(?:(?:cannot|will not)(?: and \w+ not)?|(?:am |are |was |is |be )?"
-    rf"(?:unable|unwilling|not (?:able|willing|allowed|permitted|going|prepared)) to) "
-    rf"(?:\w+ly |be able to |be |in good \w+ )*{_ACT}"
+    rf"{_START}(?:{_I})?{_ADVERBS}(?:(?:cannot|will not)(?: and \w+ not)?|"
+    rf"(?:am |are |was |is |be )?(?:unable|unwilling|not (?:able|willing|allowed|permitted|going|"
+    rf"prepared)) to) (?:\w+ly |be able to |be |in good \w+ )*{_ACT}"
     # was not made to, prefer not to
     rf"|{_START}{_I}(?:am |are |was |is |have been |has been )?{_ADVERBS}(?:"
     rf"not (?:\w+ or |\w+ly )?{_MADE}(?: or \w+)? (?:to {_ACT}|for\b)|{_MADE} not to {_ACT}"

@@ -379,19 +379,18 @@ def refusal_agreement(df, note="bars: 95 % bootstrap intervals over prompts (XST
                                "prompts); prompts that were not used to write the rule"):
     """Kappa of readings of refusals with labels, one panel per question, test prompts alone.
 
-    Columns: question, source, length, split, read_by, measure, estimate, ci_low, ci_high.
+    Columns: question, source, split, read_by, measure, estimate, ci_low, ci_high.
     """
-    names = ["question", "source", "length", "read_by", "split", "measure"]
+    names = ["question", "source", "read_by", "split", "measure"]
     df = panels.check(df, "refusal_agreement", ["estimate"], names, names)
     df = df[(df["measure"] == "kappa") & (df["split"] == "test")]
-    df = df.assign(row=df["source"] + ", " + df["length"])
-    rows, looks = list(dict.fromkeys(df["row"])), style.looks(df["read_by"])
+    rows, looks = list(dict.fromkeys(df["source"])), style.looks(df["read_by"])
     parts = list(df.groupby("question", sort=False))
-    fig, axes = panels.grid(1, len(parts), max(2.4, 0.4 * len(rows)), sharex=True, sharey=True)
+    fig, axes = panels.grid(1, len(parts), max(2.4, 0.6 * len(rows)), sharex=True, sharey=True)
     for (ax, (question, part)), (i, (reader, (color, marker))) in itertools.product(
             zip(axes[0], parts), enumerate(looks.items())):
         d = part[part["read_by"] == reader]
-        at = d["row"].map(rows.index) + (i - (len(looks) - 1) / 2) * 0.8 / len(looks)
+        at = d["source"].map(rows.index) + (i - (len(looks) - 1) / 2) * 0.8 / len(looks)
         ax.hlines(at, d["ci_low"], d["ci_high"], color=color, linewidth=1.2).set_gid("interval")
         ax.plot(d["estimate"], at, marker, color=color, label=reader)
         ax.set(xlabel=f"Kappa, {question}", yticks=range(len(rows)), yticklabels=rows,
