@@ -51,8 +51,8 @@ def sample_cases(path=LABELLED) -> list[dict]:
     for number, row in enumerate(files.read_rows(path), 2):
         at, name = f"{path}, line {number}", row["set"]
         if row["label"] not in LABELS or row["evasive"] not in ("0", "1"):
-            raise ValueError(f"{at}: label {row['label']!r}, evasive {row['evasive']!r}; a label has "
-                             f"to be one of {', '.join(LABELS)}, evasive 0 or 1")
+            raise ValueError(f"{at}: label {row['label']!r}, evasive {row['evasive']!r}; one of "
+                             f"{', '.join(LABELS)} and 0 or 1 are right")
         if name not in texts:
             texts[name] = _texts(name)
         key = (row["model"], row["id"], int(row["rank"]))

@@ -390,7 +390,7 @@ def refusal_agreement(df, note="bars: 95 % bootstrap intervals over prompts (XST
     for (ax, (question, part)), (i, (reader, (color, marker))) in itertools.product(
             zip(axes[0], parts), enumerate(looks.items())):
         d = part[part["read_by"] == reader]
-        at = d["source"].map(rows.index) + (i - (len(looks) - 1) / 2) * 0.8 / len(looks)
+        at = d["source"].map(rows.index).astype(float) + (i - (len(looks) - 1) / 2) * 0.8 / len(looks)
         ax.hlines(at, d["ci_low"], d["ci_high"], color=color, linewidth=1.2).set_gid("interval")
         ax.plot(d["estimate"], at, marker, color=color, label=reader)
         ax.set(xlabel=f"Kappa, {question}", yticks=range(len(rows)), yticklabels=rows,
