@@ -350,7 +350,7 @@ def sl_cai_n(df, note=style.BARS):
 
 @style.figure
 def published_models(df, note="bars: 95 % intervals over prompts; of shares the wider of bootstrap "
-                              "and Wilson"):
+                              "and Wilson; how well evasive answers are read: refusal_agreement"):
     """Models side by side, one panel per measure, prompt sets apart.
 
     Columns: method, kind (the prompt set), measure (any text; it labels the panel), estimate,
@@ -376,7 +376,8 @@ def published_models(df, note="bars: 95 % intervals over prompts; of shares the 
 
 @style.figure
 def refusal_agreement(df, note="bars: 95 % bootstrap intervals over prompts (XSTest: over types of "
-                               "prompts); prompts that were not used to write the rule"):
+                               "prompts); prompts that were not used to write the rule. XSTest's "
+                               "labels are by people, those of the samples by a language model"):
     """Kappa of readings of refusals with labels, one panel per question, test prompts alone.
 
     Columns: question, source, split, read_by, measure, estimate, ci_low, ci_high.
@@ -390,7 +391,8 @@ def refusal_agreement(df, note="bars: 95 % bootstrap intervals over prompts (XST
     for (ax, (question, part)), (i, (reader, (color, marker))) in itertools.product(
             zip(axes[0], parts), enumerate(looks.items())):
         d = part[part["read_by"] == reader]
-        at = d["source"].map(rows.index).astype(float) + (i - (len(looks) - 1) / 2) * 0.8 / len(looks)
+        at = d["source"].map(rows.index).astype(float)
+        at += (i - (len(looks) - 1) / 2) * 0.8 / len(looks)
         ax.hlines(at, d["ci_low"], d["ci_high"], color=color, linewidth=1.2).set_gid("interval")
         ax.plot(d["estimate"], at, marker, color=color, label=reader)
         ax.set(xlabel=f"Kappa, {question}", yticks=range(len(rows)), yticklabels=rows,
