@@ -9,30 +9,27 @@ import numpy as np
 import pandas as pd
 
 from cai_utils import dialogue, feedback
-from cai_utils.data.xstest import FULL, PARTIAL
 from cai_utils.evaluation import chains, refusal_rule, stats
 from cai_utils.evaluation.tables import summarize
 from cai_utils.experiment import registry
 
 
-def measured(samples, scorers=None, judge=None, labels=None) -> list[dict]:
+def measured(samples, scorers=None, judge=None) -> list[dict]:
     """Measurements of each sample: a row of numbers, without its text.
 
-    Fields: id, kind, model, method (its name in figures), size, rank_in_file, words; refusal,
-    partial, evasive (0 or 1, from `labels`, one of `refusal_probe.label` per sample, or by
-    `refusal_rule`); with `scorers` ({axis: Scorer}) "PM:<axis>"; with a `judge` (a conversation ->
-    {"harm", "helpfulness", ...}) "judge:<measure>" for each number that it returns.
+    Fields: id, kind, model, method (its name in figures), size, rank_in_file, words; evasive (0 or
+    1, `refusal_rule.is_evasive`); with `scorers` ({axis: Scorer}) "PM:<axis>"; with a `judge` (a
+    conversation -> {"harm", "helpfulness", ...}) "judge:<measure>" for each number that it returns.
     """
     keep = ("id", "kind", "model", "size", "rank_in_file")
     conversations = [dialogue.with_response(s["prompt"], s["response"]) for s in samples]
-    labels, rows = refusal_rule.labels(samples, labels), []
-    for s, conversation, label in zip(samples, conversations, labels, strict=True):
+    rows = []
+    for s, conversation in zip(samples, conversations, strict=True):
         verdict = judge(conversation) if judge else {}
         rows.append({
             **{k: s[k] for k in keep}, "method": registry.label(s["model"]),
-            "words": len(s["response"].split()), "refusal": int(label == FULL),
-            "partial": int(label == PARTIAL),
-            "evasive": int(refusal_rule.is_evasive(s["response"], label)),
+            "words": len(s["response"].split()),
+            "evasive": int(refusal_rule.is_evasive(s["response"])),
             **{f"judge:{k}": float(v) for k, v in verdict.items()
                if isinstance(v, int | float | bool)},
         })
@@ -94,14 +91,13 @@ def feedback_compare(sampler, constitution):
     return compare
 
 
-def side_by_side(samples, title, labels=None) -> str:
-    """A Markdown page: each prompt with one answer of every model and its refusal label.
+def side_by_side(samples, title) -> str:
+    """A Markdown page: each prompt with one answer of every model, and what `refusal_rule` reads:
+    that it is evasive, that it declines, or nothing.
 
-    The answer is the middle one of a model's answers, by rank. The label is that of the rule, or
-    that of `labels`, one per sample.
+    The answer is the middle one of a model's answers, by rank.
     """
-    page, labels = [f"# {title}"], refusal_rule.labels(samples, labels)
-    samples = [{**s, "label": label} for s, label in zip(samples, labels, strict=True)]
+    page = [f"# {title}"]
     for id_ in dict.fromkeys(s["id"] for s in samples):
         same = [s for s in samples if s["id"] == id_]
         page.append(chains.heading(same[0]["prompt"]))
@@ -109,8 +105,9 @@ def side_by_side(samples, title, labels=None) -> str:
         for model in dict.fromkeys(s["model"] for s in same):
             answers = sorted((s for s in same if s["model"] == model),
                              key=lambda s: s["rank_in_file"])
-            shown = answers[len(answers) // 2]
-            table.append(f"| {registry.label(model)} | {chains.cell(shown['response'])} | "
-                         f"{shown['label']} |")
+            text = answers[len(answers) // 2]["response"]
+            read = ("evasive" if refusal_rule.is_evasive(text)
+                    else "declines" if refusal_rule.declines(text) else "")
+            table.append(f"| {registry.label(model)} | {chains.cell(text)} | {read} |")
         page.append("\n".join(table))
     return "\n\n".join(page) + "\n"

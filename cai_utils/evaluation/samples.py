@@ -10,7 +10,6 @@ from __future__ import annotations
 import pandas as pd
 
 from cai_utils import dialogue
-from cai_utils.data import xstest
 from cai_utils.evaluation import refusal_rule
 from cai_utils.evaluation.tables import differences, summarize
 from cai_utils.experiment import registry
@@ -95,14 +94,14 @@ def scored(samples, scorers) -> pd.DataFrame:
     """Samples measured without a ground truth.
 
     Columns: id, kind, model, size, step; "PM:<axis>" for each of scorers ({axis:
-    preference.Scorer}); "text:refusal", 1 where `refusal_rule` reads a full refusal; "text:words".
+    preference.Scorer}); "text:evasive" (`refusal_rule.is_evasive`); "text:words".
     """
     keep = ("id", "kind", "model", "size", "step")
     conversations = [dialogue.with_response(s["prompt"], s["response"]) for s in samples]
     frame = pd.DataFrame([{k: s[k] for k in keep} for s in samples])
     for axis, scorer in scorers.items():
         frame[f"PM:{axis}"] = scorer.score(conversations)
-    frame["text:refusal"] = [int(x == xstest.FULL) for x in refusal_rule.labels(samples)]
+    frame["text:evasive"] = [int(refusal_rule.is_evasive(s["response"])) for s in samples]
     frame["text:words"] = [len(s["response"].split()) for s in samples]
     return frame
 

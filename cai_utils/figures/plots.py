@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 
-from cai_utils.data.xstest import COMPLIANCE, FULL, PARTIAL
 from cai_utils.figures import panels, style
 
 ELO_AXES = {"helpfulness": "Helpfulness Elo", "harmlessness": "Harmlessness Elo"}
@@ -351,7 +350,7 @@ def sl_cai_n(df, note=style.BARS):
 
 @style.figure
 def published_models(df, note="bars: 95 % intervals over prompts; of shares the wider of bootstrap "
-                              "and Wilson"):
+                              "and Wilson; how well evasive answers are read: refusal_agreement"):
     """Models side by side, one panel per measure, prompt sets apart.
 
     Columns: method, kind (the prompt set), measure (any text; it labels the panel), estimate,
@@ -376,31 +375,27 @@ def published_models(df, note="bars: 95 % intervals over prompts; of shares the 
 
 
 @style.figure
-def refusal_confusion(df, note="numbers: responses; colors: their share of a human label's "
-                               "responses; 95 % intervals of agreement: table refusal_agreement"):
-    """How refusals are read, against human labels: a row of panels per reader, a column per model.
+def refusal_agreement(df, note="bars: 95 % bootstrap intervals over prompts (XSTest: over types of "
+                               "prompts); prompts that were not used to write the rule. XSTest's "
+                               "labels are by people, those of the samples by a language model"):
+    """Kappa of readings of refusals with labels, one panel per question, test prompts alone.
 
-    Columns: read_by, model, human (a label of XSTest), and the number of responses that are
-    read as each of those labels.
+    Columns: question, source, split, read_by, measure, estimate, ci_low, ci_high.
     """
-    import seaborn  # takes a second, so only where it draws
-
-    labels = [COMPLIANCE, PARTIAL, FULL]
-    names = ["read_by", "model", "human"]
-    df = panels.check(df, "refusal_confusion", labels, names, names, ())
-    readers, models = (list(dict.fromkeys(df[column])) for column in names[:2])
-    fig, axes = panels.grid(len(readers), len(models), 1.7, max(1.6, 3.4 / len(models)),
-                            sharex=True, sharey=True)
-    for (row, reader), (col, model) in itertools.product(enumerate(readers), enumerate(models)):
-        d = df[(df["read_by"] == reader) & (df["model"] == model)].set_index("human")
-        counts = d.reindex(labels)[labels].fillna(0)
-        seaborn.heatmap(
-            counts.div(counts.sum(axis=1).clip(lower=1), axis=0), annot=counts, fmt=".0f",
-            vmin=0, vmax=1, cmap="Blues", cbar=False, linewidths=1, ax=axes[row, col],
-            xticklabels=["none", "partial", "full"], yticklabels=["none", "partial", "full"])
-        axes[row, col].tick_params(axis="y", labelrotation=0)
-        axes[row, col].set(title=model if row == 0 else None,
-                           xlabel=f"Refusal ({reader})",
-                           ylabel="Refusal (human label)" if col == 0 else None)
+    names = ["question", "source", "read_by", "split", "measure"]
+    df = panels.check(df, "refusal_agreement", ["estimate"], names, names)
+    df = df[(df["measure"] == "kappa") & (df["split"] == "test")]
+    rows, looks = list(dict.fromkeys(df["source"])), style.looks(df["read_by"])
+    parts = list(df.groupby("question", sort=False))
+    fig, axes = panels.grid(1, len(parts), max(2.4, 0.6 * len(rows)), sharex=True, sharey=True)
+    for (ax, (question, part)), (i, (reader, (color, marker))) in itertools.product(
+            zip(axes[0], parts), enumerate(looks.items())):
+        d = part[part["read_by"] == reader]
+        at = d["source"].map(rows.index).astype(float)
+        at += (i - (len(looks) - 1) / 2) * 0.8 / len(looks)
+        ax.hlines(at, d["ci_low"], d["ci_high"], color=color, linewidth=1.2).set_gid("interval")
+        ax.plot(d["estimate"], at, marker, color=color, label=reader)
+        ax.set(xlabel=f"Kappa, {question}", yticks=range(len(rows)), yticklabels=rows,
+               ylim=(len(rows) - 0.5, -0.5))
     panels.legend(fig, axes, note)
     return fig

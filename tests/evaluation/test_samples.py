@@ -24,13 +24,13 @@ def test_samples_scored_by_pms_and_by_their_text():
     rows += [sample(i, "pretrained", NO) for i in "ab"]
     frame = samples.scored(rows, {"harmlessness": Length()})
     assert list(frame["PM:harmlessness"]) == [10, 10, len(NO), len(NO)]
-    assert list(frame["text:refusal"]) == [0, 0, 1, 1]
+    assert list(frame["text:evasive"]) == [0, 0, 1, 1]
     assert list(frame["text:words"]) == [2, 2, 8, 8]
     table = samples.scored_table(frame, [("sl_cai", "pretrained"), ("sl_cai", "nobody")])
     found = table.set_index(["measure", "group"])["estimate"]
     assert found["PM:harmlessness", "sl_cai"] == 10
     assert found["PM:harmlessness", "sl_cai - pretrained"] == 10 - len(NO)
-    assert found["text:refusal", "pretrained"] == 1
+    assert found["text:evasive", "pretrained"] == 1
     assert (table["n"] == 2).all() and set(table["kind"]) == {"redteam"}
     assert not any("nobody" in group for group in table["group"])
 
@@ -39,7 +39,7 @@ def test_snapshots_are_compared_by_step():
     rows = [sample(i, "rl_cai", "ab" * (1 + step), step) for step in (0, 8) for i in "ab"]
     table = samples.scored_table(samples.scored(rows, {}), [(8, 0)], "step")
     assert set(table["group"]) == {"0", "8", "8 - 0"}
-    assert set(table["measure"]) == {"text:refusal", "text:words"}
+    assert set(table["measure"]) == {"text:evasive", "text:words"}
 
 
 def test_samples_of_two_kinds_may_share_an_id(capsys):

@@ -116,11 +116,13 @@ def supervised():
     return d.assign(n=[r for _ in range(4) for r in range(1, 5)])
 
 
-def confusions():
-    return pd.DataFrame([{"read_by": by, "model": m, "human": human, "full compliance": 5 + i,
-                          "full refusal": 3 * i, "partial refusal": 1}
-                         for by in ("rule", "reader") for m in ("gpt4", "llama2orig")
-                         for i, human in enumerate(("full compliance", "full refusal"))])
+def agreements():
+    return frame([({"source": source, "split": split, "question": question, "read_by": by,
+                    "measure": measure}, 0.1 * i + 0.05 * j)
+                  for i, source in enumerate(("XSTest, gpt4", "published samples"))
+                  for j, by in enumerate(("rule", "reader", "prompt alone"))
+                  for question in ("evasive", "full refusal, long")
+                  for split in ("development", "test") for measure in ("kappa", "precision")])
 
 
 FIGURES = {
@@ -142,7 +144,7 @@ FIGURES = {
     "fig12": (plots.fig12_identify_classify, identify_classify),
     "fig12, one task": (plots.fig12_identify_classify, real_identify),
     "rl_truth": (plots.rl_truth, truth_in_training),
-    "refusals": (plots.refusal_confusion, confusions),
+    "refusals": (plots.refusal_agreement, agreements),
 }
 DRAWN = {}
 
@@ -233,8 +235,7 @@ LABELS = {
     "fig12, one task": [("Parameters", "Accuracy")],
     "rl_truth": [("RL training sequences", y) for y in (
         "True harm", "True helpfulness", "Evasive share")],
-    "refusals": [(f"Refusal ({by})", y) for by in ("rule", "reader")
-                 for y in ("Refusal (human label)", "")],
+    "refusals": [(f"Kappa, {q}", "") for q in ("evasive", "full refusal, long")],
 }
 
 
@@ -294,10 +295,22 @@ def test_frontier_draws_a_cross_for_every_checkpoint():
     assert list(line.get_xdata()) == list(curve["helpfulness"])
 
 
-def test_confusions_are_counted_in_rows_of_the_human_label():
-    counts = [[t.get_text() for t in ax.texts] for ax in drawn("refusals").axes]
-    none, partial, full = ["5", "1", "0"], ["0", "0", "0"], ["6", "1", "3"]
-    assert counts == [none + partial + full] * 4
+def test_agreement_shows_kappas_of_test_prompts_alone():
+    df = agreements()
+    df = df[(df["split"] == "test") & (df["measure"] == "kappa")]
+    for ax, question in zip(drawn("refusals").axes, ("evasive", "full refusal, long")):
+        d = df[df["question"] == question]
+        assert sorted(x for line in ax.lines for x in line.get_xdata()) == pytest.approx(
+            sorted(d["estimate"]))
+        bars = [(s[0][0], s[1][0]) for c in ax.collections for s in c.get_segments()]
+        assert np.array(sorted(bars)) == pytest.approx(
+            np.array(sorted(zip(d["ci_low"], d["ci_high"]))))
+
+
+def test_agreement_of_readers_that_not_every_question_has():
+    df = agreements()
+    only = (df["read_by"] == "reader") & (df["question"] == "evasive")
+    assert len(plots.refusal_agreement(df[~only]).axes) == 2
 
 
 def test_other_data_make_another_figure():
@@ -424,7 +437,7 @@ NEEDED = {
     "sl_cai_n": ["n", "axis", "estimate", "ci_low"],
     "fig12": ["task", "chance", "size", "parameters", "method", "estimate", "ci_low"],
     "rl_truth": ["method", "size", "step", "axis", "estimate", "ci_high"],
-    "refusals": ["read_by", "model", "human", "full refusal"],
+    "refusals": ["question", "source", "split", "read_by", "measure", "estimate", "ci_low"],
 }
 
 
