@@ -52,7 +52,7 @@ def check_plain(model):
     inner, config = inner_model(model), model.config.get_text_config()
     check_causal(type(model).__name__, model.config)
     accepted = inspect.signature(inner.forward).parameters
-    why = _UNLIKE.get(config.model_type)
+    why = _UNLIKE.get(model.config.model_type)
     if inner.get_output_embeddings() is None:
         why = "it has no head over a vocabulary"
     elif other := other_layers(config):
@@ -62,7 +62,7 @@ def check_plain(model):
     elif "position_ids" not in accepted and config.model_type not in _BY_DISTANCE:
         why = "it takes no positions, so that padded rows would be misread"
     if why:
-        raise ValueError(f"a {config.model_type} cannot be sampled here: it is not a causal LM "
+        raise ValueError(f"a {model.config.model_type} cannot be sampled here: it is not a causal LM "
                          f"with plain attention ({why}); {_INSTEAD}")
 
 
@@ -90,11 +90,13 @@ def longest_of(config):
     None where there is no such limit.
 
     Beyond it, dynamic NTK scaling takes its frequencies from the longest row that was read, and
-    Doge picks the keys to keep among all of a row's.
+    Doge picks the keys to keep among all of a row's, BigBird reads blocks of both sides.
     """
     config = config.get_text_config()
     if _rope(config, "dynamic"):
         return config.max_position_embeddings
+    if config.model_type == "big_bird" and config.attention_type == "block_sparse":
+        return (5 + 2 * config.num_random_blocks) * config.block_size
     return config.keep_window_size if config.model_type == "doge" else None
 
 

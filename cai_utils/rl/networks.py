@@ -224,9 +224,11 @@ def load(policy_spec, pm, *, device, micro_tokens, runs_dir, lora, seed):
     if lora:
         from peft import get_peft_model
 
+        lora_config = training.lora_config(lora, "CAUSAL_LM")
+        training.untie(policy, lora_config)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            adapted = (get_peft_model(policy, training.lora_config(lora, "CAUSAL_LM")),
+            adapted = (get_peft_model(policy, lora_config),
                        get_peft_model(value_model, training.lora_config(
                            lora, "SEQ_CLS", modules_to_save=["score"])))
         value_model.score.float()  # it learns: peft leaves it in the dtype of the base

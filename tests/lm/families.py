@@ -26,19 +26,21 @@ SMALLER = [
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 CONV = {"layer_types": ["conv", "full_attention"]}
 BLOCKS = {"layers_block_type": ["linear_attention", "hybrid"]}
-ASSISTANT = dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)
+SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
+          "layer_types": ["sliding_attention", "full_attention"] * 2}
 # What these rules do not know; ... takes a name out.
 MORE = {
     "bailing_hybrid": HYBRID, "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {
         "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}},
-    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
-    "dbrx": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "doge": {"keep_window_size": CONTEXT}, "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2}, "ernie4_5_moe": {"moe_k": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon": {"head_dim": ...},
-    "gemma3n_text": {"num_kv_shared_layers": 0}, "gemma4_unified_text": {"num_kv_shared_layers": 0},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gemma3n_text": SHARED, "gemma4_text": SHARED, "gemma4_unified_text": SHARED,
+    "gemma2": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 3.0},
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0}, "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": HYBRID, "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "hrm_text": {"num_layers_per_stack": ...}, "kimi_linear": HYBRID, "lfm2": CONV, "lfm2_moe": CONV, "lfm3": CONV,
     "mamba2": {"num_heads": 8, "head_dim": 8},
@@ -48,7 +50,9 @@ MORE = {
     "qwen3_5_moe_text": HYBRID, "qwen3_5_text": HYBRID, "qwen3_next": HYBRID,
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xlnet": {"max_position_embeddings": ...},
-    "xmod": {"default_language": "en_XX"}, "zamba2": BLOCKS,
+    "xmod": {"default_language": "en_XX"}, 
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    "zamba2": BLOCKS,
 }
 
 
