@@ -21,6 +21,7 @@ from cai_utils import dialogue
 from cai_utils.data.comparisons import check
 from cai_utils.experiment import journal
 from cai_utils.lm import models, tokens, training
+from cai_utils.lm.architectures import longest_of, switch_of
 
 
 def soft_preference_loss(chosen, rejected, p):
@@ -200,7 +201,9 @@ class Scorer:
         self.pad_id = models.pad_apart_from_eos(model, tokenizer)
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = min(max_length or 10**9, positions or 10**9)
+        limits = (max_length, positions, longest_of(model.config))
+        self.max_length = min(n or 10**9 for n in limits)
+        self.switch = switch_of(model.config) or 0
         self.mean = float(getattr(model.config, "score_mean", 0.0))
 
     def score(self, conversations):
@@ -231,13 +234,15 @@ class Scorer:
         start, device = 0, self.model.device
         with journal.progress(len(order), "conversation") as bar:
             while start < len(order):
-                size = max(1, self.batch_tokens // len(sequences[order[start]]))
-                batch = order[start : start + size]
+                longest = len(sequences[order[start]])
+                batch = order[start : start + max(1, self.batch_tokens // longest)]
+                if longest > self.switch:  # rows on both sides of it would change each other
+                    batch = [i for i in batch if len(sequences[i]) > self.switch]
                 ids, mask = tokens.pad([sequences[i] for i in batch], self.pad_id)
                 logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device),
                                     use_cache=False).logits
                 out[batch] = logits[:, 0].float().cpu().numpy()
-                start += size
+                start += len(batch)
                 bar.update(len(batch))
         self.model.train(was_training)
         return out - self.mean

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
+from cai_utils.lm.architectures import check_plain, inner_model, longest_of, switch_of
 from cai_utils.lm.kvcache import Layer, bytes_per_token, memory_budget, room, shared_prefixes
-from cai_utils.lm.models import check_causal
 
 # Architectures whose attention takes a ready-made additive mask in every layer. It is built once
 # per batch instead of in every step; all others get the usual 0/1 mask.
@@ -42,18 +42,14 @@ class Engine:
 
     def __init__(self, model, batch_tokens=None):
         self.model = model
-        check_causal(type(model).__name__, model.config)
+        check_plain(model)
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
-        if (model.get_output_embeddings() is None
-                or kinds - {"full_attention", "sliding_attention"}):  # fmt: skip
-            raise ValueError(
-                f"a {config.model_type} cannot be sampled here: it is not a causal LM with plain "
-                "attention; give a decoder such as a Llama, Qwen, GPT-NeoX or GPT-2"
-            )
-        self.n_layers, self.n_heads = config.num_hidden_layers, config.num_attention_heads
+        self.n_heads = max(layer.num_attention_heads for layer in config.per_layer_config)
         self.vocab_size = config.vocab_size
-        self.context = getattr(config, "max_position_embeddings", None)
+        limits = (getattr(config, "max_position_embeddings", None), longest_of(config))
+        self.context = min((n for n in limits if n is not None), default=None)
+        self._switch = switch_of(config)
         self._token_bytes = bytes_per_token(model, config)
         self.batch_tokens = batch_tokens or memory_budget(model.device, self._token_bytes)
         self.told = None  # called with the number of rows that each part of a prefill has read
@@ -64,7 +60,7 @@ class Engine:
             and "sliding_attention" not in kinds
             and config._attn_implementation in ("eager", "sdpa")
         )
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = inner_model(model)
         self._has_sdpa = bool(getattr(inner, "_supports_sdpa", False))
         self._accepts = set(inspect.signature(inner.forward).parameters)
 
@@ -77,6 +73,35 @@ class Engine:
         Returns the ids and the log-probabilities (nats) of each row, B lists each, and {row: text}
         of the rows that were cut. ValueError for logits that are not finite.
         """
+        settings = temperature, top_p, ends, may_stop
+        if self._switch is None:
+            return self._decode(prompts, limits, uniforms, *settings, lambda _, ids: cut(ids))
+        done, logprobs, cuts = [[] for _ in prompts], [[] for _ in prompts], {}
+        # As `generate` does: a row that reaches the switch is computed anew from there.
+        for end in (self._switch, None):
+            rows = [b for b, ids in enumerate(prompts) if (end is None or len(ids) <= end)
+                    and b not in cuts and len(done[b]) < limits[b]
+                    and not (done[b] and ends[done[b][-1]])]
+            if not rows:
+                continue
+            before = [done[b] for b in rows]
+            left = [limits[b] - len(done[b]) for b in rows]
+            if end is not None:
+                left = [min(n, end + 1 - len(prompts[b])) for n, b in zip(left, rows, strict=True)]
+            draws = None if uniforms is None else np.zeros((len(rows), max(left)))
+            for k, b in enumerate(rows if uniforms is not None else ()):
+                draws[k, : left[k]] = uniforms[b, len(before[k]) :][: left[k]]
+            found, scores, stopped = self._decode(
+                [prompts[b] + done[b] for b in rows], left, draws, *settings,
+                lambda k, ids, before=before: cut(before[k] + ids), end)
+            for k, b in enumerate(rows):
+                done[b], logprobs[b] = before[k] + found[k], logprobs[b] + scores[k]
+            cuts |= {rows[k]: text for k, text in stopped.items()}
+        return done, logprobs, cuts
+
+    def _decode(self, prompts, limits, uniforms, temperature, top_p, ends, may_stop, cut, end=None):
+        """As `decode`, of rows on one side of the switch, if there is one: before `end` or (None)
+        behind it. `cut` takes the row and its ids."""
         rows, steps, width = len(prompts), max(limits), max(map(len, prompts))
         ahead = room(steps, rows * (width + steps) * self._token_bytes, self.model.device)
         logits, cache, pad = self._prefill(prompts, extra=ahead)
@@ -97,7 +122,7 @@ class Engine:
             ended = ends[token] | (t + 1 >= limits[live])
             if may_stop is not None:
                 for b in (may_stop[token] & unfinished & ~ends[token]).nonzero()[:, 0].tolist():
-                    text = cut(tokens[live[b], : t + 1].tolist())
+                    text = cut(live[b].item(), tokens[live[b], : t + 1].tolist())
                     if text is not None:
                         cuts[live[b].item()] = text
                         ended[b] = True
@@ -113,7 +138,7 @@ class Engine:
                 unfinished = unfinished[keep]
                 for layer in cache.layers:
                     layer.select(keep)
-            position = self._within((width + t - pad)[:, None])
+            position = self._within((width + t - pad)[:, None], end)
             logits = self._forward(
                 token[:, None], position, mask[..., : width + t + 1], cache, keep=1
             )[:, -1]
@@ -142,9 +167,38 @@ class Engine:
         arrays (C,). ValueError for logits that are not finite.
         """
         flat = [ids for row in sequences for ids in row]
-        owner = [i for i, row in enumerate(sequences) for _ in row]
+        starts = [prompt for prompt, row in zip(prompts, sequences, strict=True) for _ in row]
+        if self._switch is None:
+            total = self._score(starts, flat)
+        else:
+            total, sides = np.zeros(len(flat)), {}
+            for k, (start, ids) in enumerate(zip(starts, flat, strict=True)):
+                # How many of its two ends lie behind the switch; one that crosses it is scored by
+                # itself, in one pass.
+                behind = sum(n > self._switch for n in (len(start), len(start) + len(ids) - 1))
+                sides.setdefault((behind, k * (behind == 1)), []).append(k)
+            for (behind, _), rows in sides.items():
+                parts = [starts[k] for k in rows], [flat[k] for k in rows]
+                total[rows] = (self._score_whole(parts[0][0], parts[1][0]) if behind == 1 else
+                               self._score(*parts, end=None if behind else self._switch))
+        if not np.isfinite(total).all():
+            raise ValueError("the model's logits are not finite; look at its weights and dtype")
+        return np.split(total, np.cumsum([len(row) for row in sequences])[:-1])
+
+    def _score_whole(self, prompt, ids):
+        """The summed log-probability of one continuation of one prompt, in one pass."""
+        fed = torch.tensor([[*prompt, *ids[:-1]]], device=self.model.device)
+        mask = self._mask(fed.new_zeros(1), 0, fed.shape[1])
+        position = torch.arange(fed.shape[1], device=fed.device)[None]
+        logits = self._forward(fed, position, mask, Cache(layer_class_to_replicate=Layer), len(ids))
+        logprobs = torch.log_softmax(logits[0].float(), -1).double()
+        return logprobs[range(len(ids)), ids].sum().item()
+
+    def _score(self, prompts, flat, end=None):
+        """The summed log-probability of one continuation of each prompt, all on one side of the
+        switch, if there is one (as in `_decode`): (N,) float64."""
         fed = max(map(len, flat)) - 1
-        logits, cache, pad = self._prefill([prompts[i] for i in owner], extra=fed)
+        logits, cache, pad = self._prefill(prompts, extra=fed)
         device = logits.device
         ids = torch.tensor([row + [0] * (fed + 1 - len(row)) for row in flat], device=device)
         real = torch.tensor([[1] * len(r) + [0] * (fed + 1 - len(r)) for r in flat], device=device)
@@ -153,16 +207,13 @@ class Engine:
         if fed:
             width = cache.layers[0].length
             position = width - pad[:, None] + torch.arange(fed, device=device)
-            position = self._within(position)
+            position = self._within(position, end)
             mask = self._mask(pad, width, fed)
             logits = self._forward(ids[:, :-1], position, mask, cache, keep=fed)
             logprobs = torch.log_softmax(logits.float(), -1)
             more = logprobs.gather(-1, ids[:, 1:, None])[..., 0].double()
             total += torch.where(real[:, 1:].bool(), more, 0.0).sum(-1)
-        if not torch.isfinite(total).all():
-            raise ValueError("the model's logits are not finite; look at its weights and dtype")
-        bounds = np.cumsum([len(row) for row in sequences])[:-1]
-        return np.split(total.cpu().numpy(), bounds)
+        return total.cpu().numpy()
 
     def _prefill(self, prompts, extra):
         """Prompts -> last logits (B, V), the cache with room for `extra` tokens (None without),
@@ -175,6 +226,8 @@ class Engine:
         width, parts = max(map(len, rows)), []
 
         def prefix_of(ids):
+            if self._switch is not None and len(ids) > self._switch:
+                return ()  # a prefix by itself would stand before the switch
             return ids[: self._shared.get(ids, 0)]
 
         ordered = sorted(rows, key=lambda ids: (prefix_of(ids), -len(ids)))
@@ -195,7 +248,7 @@ class Engine:
             logits[where] = part[source]
         if not extra:
             return logits, None, pad
-        whole = Cache(layers=[Layer() for _ in range(self.n_layers)])
+        whole = Cache(layers=[Layer() for _ in parts[0][3].layers])
         for i, layer in enumerate(whole.layers):
             found = [(where, source, cache.layers[i]) for where, source, _, cache in parts]
             layer.gather(found, len(prompts), width, width + extra)
@@ -216,12 +269,13 @@ class Engine:
         ids = [(0,) * (fed - len(ids)) + ids[-fed:] for ids in prompts]
         pad = torch.tensor([longest - len(ids) for ids in prompts], device=device)
         position = (torch.arange(shared, longest, device=device) - pad[:, None]).clamp(min=0)
-        cache = Cache(layers=[Layer() for _ in range(self.n_layers)])
+        cache = Cache(layer_class_to_replicate=Layer)  # as many as the model has keys for
         if shared:
             # Row b's columns hold the prefix from its padding on; those before it are masked.
             column = (torch.arange(shared, device=device) - pad[:, None]).clamp(min=0)
-            for layer, done in zip(cache.layers, self._prefix_cache(prefix).layers, strict=True):
-                layer.start_from(done, column, longest)
+            for done in self._prefix_cache(prefix).layers:
+                cache.layers.append(Layer())
+                cache.layers[-1].start_from(done, column, longest)
         ids, mask = torch.tensor(ids, device=device), self._mask(pad, shared, fed)
         with self._attention_for(longest):
             return self._forward(ids, position, mask, cache, keep=1)[:, -1], cache
@@ -251,10 +305,11 @@ class Engine:
             self._prefixes.popitem(last=False)
         return cache
 
-    def _within(self, position):
-        """Positions, at most the last one that the model has: finished rows, and the padding after
+    def _within(self, position, end=None):
+        """Positions before `end` and the end of the context: finished rows, and the padding after
         a short choice, would run beyond; what they compute there is not used."""
-        return position if self.context is None else position.clamp(max=self.context - 1)
+        ends = [n for n in (self.context, end) if n is not None]
+        return position.clamp(max=min(ends) - 1) if ends else position
 
     def _mask(self, pad, past, new):
         """The mask of `new` queries after `past` cached columns, the first `pad` of a row

@@ -27,6 +27,7 @@ class Layer(CacheLayerMixin):
         self.length = 0
 
     def update(self, keys, values, *args, **kwargs):
+        self.is_initialized = True
         if self.keys is None:  # a prefill: kept as computed
             self.keys, self.values, self.length = keys, values, keys.shape[2]
             return keys, values
@@ -141,9 +142,12 @@ def room(steps, size, device):
 
 def bytes_per_token(model, config):
     """Bytes of one token's keys and values in all layers."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    total = 0
+    for layer in config.per_layer_config:  # in some models heads differ between layers
+        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        total += 2 * heads * size * model.dtype.itemsize
+    return total
 
 
 def memory_budget(device, token_bytes):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -33,6 +33,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from cai_utils.experiment.files import refuse_pointer
+from cai_utils.lm.architectures import check_causal
 
 # Models are loaded and saved many times in a run: a bar for each would hide a notebook's output.
 transformers_logging.disable_progress_bar()
@@ -196,7 +197,13 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=N
         model = AutoModelForCausalLM.from_pretrained(where, **options)
     else:
         config.num_labels = 1
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise ValueError(f"{spec}: transformers has no score head for a {config.model_type}; "
+                             "make preference models of another family, such as Llama or Qwen")
         model = AutoModelForSequenceClassification.from_pretrained(where, **options)
+        if not hasattr(model, "score"):
+            raise ValueError(f"{spec}: a {type(model).__name__} reads no score at a row's last "
+                             "token; make preference models of another family, such as Llama")
     # Sequence heads find the last token of a row by the pad id; generate() pads with it.
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -285,18 +292,6 @@ def _quantized(quantize, device):
     # so the names that architectures have for them are listed too.
     how["llm_int8_skip_modules"] = ["score", "lm_head", "embed_out"]
     return {"quantization_config": BitsAndBytesConfig(**how), "device_map": {"": device}}
-
-
-def check_causal(name, config):
-    """ValueError that names the model, unless the config is that of a causal LM."""
-    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
-        config, "is_decoder", False
-    )
-    if masked or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name}: a {config.model_type} is not a causal language model; "
-            "give a decoder such as a Llama, Qwen, GPT-NeoX or GPT-2"
-        )
 
 
 def pad_apart_from_eos(model, tokenizer):

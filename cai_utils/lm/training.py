@@ -20,6 +20,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from cai_utils.experiment.files import atomic
 from cai_utils.lm import models
+from cai_utils.lm.architectures import check_rows
 
 
 class LengthBuckets(Sampler):
@@ -173,6 +174,36 @@ def lora_config(lora, task_type, **defaults):
                          ) from error
 
 
+def untie(model, peft_config):
+    """Give a causal LM an output head of its own, and say so in its config, where an adapter
+    learns that head or the token embeddings and both are one table.
+
+    Such an adapter changes one of the two uses of the table; merged into the table it would change
+    both. Other models, and a `peft_config` of None, are left as they are.
+    """
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if peft_config is None or peft_config.ensure_weight_tying or head is None or (
+            head.weight is not table.weight):
+        return
+    if not _adapts(peft_config, [name for name, module in model.named_modules()
+                                 if module is head or module is table]):
+        return
+    head.weight = torch.nn.Parameter(table.weight.detach().clone(), table.weight.requires_grad)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+def _adapts(config, names):
+    """Whether a LoraConfig adapts, or trains as a whole, one of the modules of these names."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    saved = config.modules_to_save or ()
+    others = [*saved, *(p.rpartition(".")[0] for p in config.target_parameters or ())]
+    return any(
+        f".{name}".endswith(f".{other}") for name in names for other in others) or any(
+        config.target_modules and bool(check_target_module_exists(config, name)) for name in names)
+
+
 def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, collate=None,
         peft_config=None, **arguments):
     """Train `model` on `data` ({column: one value per row}) -> (trainer, its TrainOutput).
@@ -181,7 +212,9 @@ def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, coll
     `training_arguments(**arguments)`; lengths: tokens of each row; collate: called with the rows
     of a batch, `pad_id` and the `multiple` of tokens to pad to (None: trl's collator).
     """
+    check_rows(model.config, lengths, "max_length")
     models.attend_for_training(model, max(lengths))
+    untie(model, peft_config)
     args = training_arguments(config, model, out_dir, rows=len(lengths), max_length=None,
                               **arguments)
     if collate is not None:
@@ -224,6 +257,7 @@ def adapter_on_dense_weights(model, spec, head, runs_dir=None):
         model.save_pretrained(folder)
         base, _ = models.load(spec, head=head, runs_dir=runs_dir)
         base.config.pad_token_id = model.config.pad_token_id
+        untie(base, model.peft_config["default"])
         return PeftModel.from_pretrained(base, folder)
 
 

@@ -31,6 +31,7 @@ from cai_utils import dialogue
 from cai_utils.data.comparisons import check
 from cai_utils.experiment import files, launch
 from cai_utils.lm import models, tokens, training
+from cai_utils.lm.architectures import check_rows
 from cai_utils.lm.sampling import Sampler
 from cai_utils.preference import soft_preference_loss
 from cai_utils.rl import checkpoints, distributed
@@ -150,7 +151,10 @@ def train(policy_spec, comparisons, prompts, out_dir, config, *, runs_dir=None, 
         for stale in out_dir.glob("step-*"):
             shutil.rmtree(stale)
     snapshot(model, out_dir / "step-0")
+    check_rows(model.config, lengths, "max_length")
     models.attend_for_training(model, max(lengths))
+    lora = training.lora_config(config.lora, "CAUSAL_LM")
+    training.untie(model, lora)
     args = training.training_arguments(
         trl.DPOConfig, model, out_dir, rows=len(lengths), epochs=config.epochs,
         batch_size=config.batch_size, lr=config.lr, seed=config.seed, report_to=(),
@@ -162,7 +166,7 @@ def train(policy_spec, comparisons, prompts, out_dir, config, *, runs_dir=None, 
         train_dataset=Dataset.from_dict(data), processing_class=tokenizer,
         data_collator=_Collator(tokenizer.pad_token_id or 0,
                                 pad_to_multiple_of=args.pad_to_multiple_of),
-        peft_config=training.lora_config(config.lora, "CAUSAL_LM"), callbacks=[history])
+        peft_config=lora, callbacks=[history])
     trainer.lengths = lengths
     trainer.remove_callback(PrinterCallback)
     try:

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from cai_utils.lm import models
+from cai_utils.lm.architectures import check_rows
 from cai_utils.lm.sampling import Sampler
 from cai_utils.lm.tokens import prompt_ids_of
 from cai_utils.rl import networks, rollout
@@ -54,6 +55,9 @@ def build(policy_spec, pm, prompts, config, runs_dir, device):
         lora=config.lora, seed=config.seed)
     accelerator = make_accelerator(model, config.bf16)
     prompt_ids = prompt_ids_of(prompts, tokenizer, model, config.max_new_tokens)
+    for net in (model, value_model):
+        check_rows(net.config, [len(ids) + extra for ids in prompt_ids
+                                for extra in (1, config.max_new_tokens)], "max_new_tokens")
     if accelerator.mixed_precision == "bf16":
         for net in (model, value_model):
             models.attend_for_training(net, max(map(len, prompt_ids)) + config.max_new_tokens)

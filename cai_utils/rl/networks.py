@@ -12,6 +12,7 @@ from torch import nn
 
 from cai_utils import preference
 from cai_utils.lm import models, training
+from cai_utils.lm.architectures import has_plain_layers
 
 
 def _precise(x):
@@ -63,14 +64,12 @@ def can_share_prefix(base, device):
     else than keys and values of every token."""
     ids = torch.arange(6, device=device)[None].repeat(2, 1)
     ids[1, 3:] = ids[1, 3:].flip(0)
-    at = torch.arange(12, device=device).view(2, 6)[:, 2:].flatten()
-    with torch.no_grad():
-        whole = response_states(base, ids, at, share_prefix=False)
-        try:
-            parts = response_states(base, ids, at, least_work=0)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-            return False  # hybrid and recurrent models fail in ways of their own
-    return _close(whole, parts)
+    at = torch.arange(12, device=device).view(2, 6)[:, 3:].flatten()
+    return has_plain_layers(base.config) and _equal_and_told_apart(
+        lambda: response_states(base, ids, at, share_prefix=False),
+        lambda: response_states(base, ids, at, least_work=0),
+        lambda: response_states(base, ids[:, 3:], torch.arange(6, device=device),
+                                share_prefix=False))
 
 
 def can_pack(base, device):
@@ -78,18 +77,58 @@ def can_pack(base, device):
     transformers masks attention so; models that carry a state along a row do not."""
     ids = torch.arange(8, device=device).repeat(2).view(4, 4).flip(1)
     at, positions = torch.arange(16, device=device), torch.arange(4, device=device).repeat(2, 2)
-    with torch.no_grad():
-        whole = response_states(base, ids, at, share_prefix=False)
-        try:
-            packed = response_states(base, ids.view(2, 8), at, positions)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-            return False
-    return _close(whole, packed)
+    return has_plain_layers(base.config) and _equal_and_told_apart(
+        lambda: response_states(base, ids, at, share_prefix=False),
+        lambda: response_states(base, ids.view(2, 8), at, positions),
+        lambda: response_states(base, ids.view(2, 8), at, share_prefix=False))
 
 
-def _close(x, y):
-    close = {"atol": 1e-4} if x.dtype.itemsize >= 4 else {"atol": 0.1, "rtol": 0.05}
-    return torch.allclose(x, y, **close)
+@torch.no_grad()
+def _equal_and_told_apart(whole, shorter, wrong):
+    """Whether `shorter()` gives the states of `whole()` up to rounding, and `wrong()`, what it
+    gives if the model does not do as it should, others. Near a start of zeros, and in low
+    precision, these may be alike: then the answer is no, which costs time and no precision."""
+    try:
+        right, found, other = whole(), shorter(), wrong()
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False  # hybrid and recurrent models fail in ways of their own
+    off, shown = (found - right).abs().max(), (other - right).abs().max()
+    rounding = torch.finfo(right.dtype).eps * right.abs().max()
+    return bool(shown > 20 * rounding and off <= max(4 * rounding, 0.01 * shown))
+
+
+def has_plain_head(model):
+    """Whether a causal LM's logits are its output embeddings of its base model's last hidden states
+    and nothing else: neither scaled nor capped, before or behind. All three are given here, large
+    enough to show it, so that weights and their precision do not matter."""
+    head, seen = model.get_output_embeddings(), []
+    ids = torch.arange(4, device=model.device)[None]
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(like):
+        return (100 * torch.randn(like.shape, generator=generator)).to(like)
+
+    def give_states(module, args, output):
+        output.last_hidden_state = drawn(output.last_hidden_state)
+        seen.append(output.last_hidden_state)
+        return output
+
+    def give_logits(module, args, output):
+        seen.extend((args[0], drawn(output)))
+        return seen[-1]
+
+    hooks = [model.base_model.register_forward_hook(give_states),
+             head.register_forward_hook(give_logits)]
+    try:
+        with torch.no_grad():
+            found = model(input_ids=ids, use_cache=False).logits
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False  # a base model or a head of another form
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return len(seen) == 3 and torch.equal(seen[0], seen[1]) and torch.equal(
+        found, seen[2].to(found.dtype))
 
 
 class ResponseLogprobs(nn.Module):
@@ -98,14 +137,13 @@ class ResponseLogprobs(nn.Module):
 
     def __init__(self, model, temperature):
         super().__init__()
-        self.model, self.temperature, self.plain_head = model, temperature, True
+        self.model, self.temperature = model, temperature
         # A small model's head stays in its weights' dtype under bf16: it costs little, and a CPU
         # would make a new bf16 kernel for each batch's number of states.
         self.precise_head = models.is_small(model)
-        self.shares_prefix = can_share_prefix(model.base_model, model.device)
-        ids = torch.arange(4, device=model.device)[None]
-        with torch.no_grad():  # some architectures scale or cap their logits: then take theirs
-            self.plain_head = _close(self._logits(ids, ids[0]), model(input_ids=ids).logits[0])
+        # Some architectures scale or cap their logits: then theirs are taken.
+        self.plain_head = has_plain_head(model)
+        self.shares_prefix = self.plain_head and can_share_prefix(model.base_model, model.device)
 
     def _logits(self, ids, at, positions=None):
         if not self.plain_head:
@@ -186,9 +224,11 @@ def load(policy_spec, pm, *, device, micro_tokens, runs_dir, lora, seed):
     if lora:
         from peft import get_peft_model
 
+        lora_config = training.lora_config(lora, "CAUSAL_LM")
+        training.untie(policy, lora_config)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            adapted = (get_peft_model(policy, training.lora_config(lora, "CAUSAL_LM")),
+            adapted = (get_peft_model(policy, lora_config),
                        get_peft_model(value_model, training.lora_config(
                            lora, "SEQ_CLS", modules_to_save=["score"])))
         value_model.score.float()  # it learns: peft leaves it in the dtype of the base
