@@ -206,7 +206,9 @@ def start(notebook: str, namespace) -> Run:
     `globals()`: folders, provenance, W&B (offline by default).
 
     namespace may be a dict of parameters, as in tests (`params.from_namespace`). Raises
-    ValueError for an unknown parameter, profile or size, naming the nearest or the known ones.
+    ValueError for an unknown parameter, profile or size, naming the nearest or the known ones, and
+    for a text where a number belongs; text that spells one (papermill's 5e-4) becomes it in
+    `namespace`.
     """
     if not namespace.get("profile"):
         raise ValueError(f"{notebook}: its parameters must hold 'profile', a folder of params/")
@@ -214,6 +216,8 @@ def start(notebook: str, namespace) -> Run:
     check_profile(root, namespace["profile"])
     params = from_namespace(root, notebook, namespace)
     check_sizes(root, params, f"{notebook}: ")
+    if "__name__" in namespace:  # numbers that papermill has left as text
+        namespace.update(params)
     return Run(notebook, params)
 
 

@@ -115,13 +115,32 @@ def test_unknown_sizes_are_refused_early_and_in_the_notebook(lab, values):
     assert experiment.start("04_revisions", {"profile": "other", **values}).profile == "other"
 
 
-def test_a_number_that_yaml_takes_for_text_is_caught(lab):
+def test_a_number_that_yaml_1_1_takes_for_text_is_read(lab):
     write(lab / "params" / "mini" / "04_revisions.yaml", "lr: 1e-4\n")
-    with pytest.raises(ValueError, match=r"lr: 1e-4 as text; write 1\.0e-4"):
-        merge(lab)
+    assert merge(lab)["lr"] == 0.0001
     write(lab / "params" / "mini" / "04_revisions.yaml", "lr: 1.0e-4\n")
     assert merge(lab)["lr"] == 0.0001
     assert params.parse_override("lr=2e5") == ("lr", 200000.0)
+    assert merge(lab, lr={"xs": "5e-4"}, n_prompts=1e3) == {
+        "profile": "mini", "seed": 3, "sizes": ["xs", "s"], "lr": {"xs": 0.0005}, "n_prompts": 1000}
+    with pytest.raises(ValueError, match="04_revisions: lr='fast' is a text; give a number"):
+        merge(lab, lr="fast")
+
+
+def test_papermills_own_numbers_are_read_in_the_notebook(lab):
+    """`papermill -f` and `-y` read YAML 1.1, and `-p n 1e3` gives a float."""
+    from papermill import cli, iorw
+
+    write(lab / "own.yaml", "lr: {xs: 5e-4}\nsizes: [s]\nsize: xs\n")
+    given = iorw.read_yaml_file(str(lab / "own.yaml"))
+    assert given["lr"] == {"xs": "5e-4"}
+    namespace = {"__name__": "__main__", "profile": "mini", "seed": 0, **given,
+                 "n_prompts": cli._resolve_type("1e3"), "other": 1}
+    run = experiment.start("04_revisions", namespace)
+    assert namespace["lr"] == run.params["lr"] == {"xs": 0.0005}
+    assert repr(namespace["n_prompts"]) == "1000" and namespace["other"] == 1
+    with pytest.raises(ValueError, match="04_revisions: lr='fast' is a text; give a number"):
+        experiment.start("04_revisions", {**namespace, "lr": cli._resolve_type("fast")})
 
 
 def test_broken_yaml_names_its_file(lab):
