@@ -284,6 +284,19 @@ def test_rows_are_made_once_for_a_key(run, capsys):
     assert record["provenance"]["notebook"] == "04_revisions"
 
 
+def test_a_training_whose_loss_is_no_number_is_told(run, capsys):
+    def make(folder):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        return {"train_loss": float("nan"), "steps": 3, "seconds": 1.0, "log": [{"loss": np.inf}]}
+
+    for _ in range(2):  # made, and kept
+        run.trained("pm", "s", make, seed=0)
+        assert "pm s: loss not finite, 3 steps, 1 s" in capsys.readouterr().out
+    (row,) = files.read_rows(run.data("training_pm_s"))
+    assert row["train_loss"] is None and row["log"] == [{"loss": None}]
+
+
 def test_rows_without_their_record_or_file_are_made_again(run):
     calls = []
 
@@ -536,10 +549,13 @@ def test_a_notebook_runs_with_its_parameters_and_streams(lab):
             "run = experiment.start('04_revisions', globals())",
             "import os\nprint(seed, lr, os.getcwd() == str(run.root))",
             "run.table([dict(seed=seed)], 'out')\nrun.finish()",
+            "from IPython.display import publish_display_data as show\n"
+            "show({'application/json': {'x': float('nan')}})",
         ],
-        'profile = "other"\nseed = 0\nlr = 1.0\n',
+        'profile = "other"\nseed = 0\nlr = 1.0\nclip = 1.0\n',
     )
-    done = command(lab, "04_revisions", "--profile", "mini", "lr=1e-4", "--name", "04-a")
+    done = command(lab, "04_revisions", "--profile", "mini", "lr=1e-4", "clip=.inf", "--name",
+                   "04-a")
     assert done.returncode == 0, done.stderr
     assert "04-a | 3 0.0001 True" in done.stdout.splitlines()
     assert "Passed unknown parameter" not in done.stderr
@@ -551,6 +567,10 @@ def test_a_notebook_runs_with_its_parameters_and_streams(lab):
     ]
     assert (lab / "runs" / "mini" / "results" / "out.csv").read_text() == "seed\n3\n"
     assert json.loads((executed / "04-a.provenance.json").read_text())["params"]["lr"] == 0.0001
+    for path in executed.iterdir():
+        text = path.read_text()  # JSON that any reader takes
+        assert '"clip": null' in text or '"clip": {\n   "float": "inf"' in text
+        json.loads(text, parse_constant=pytest.fail)
 
 
 def test_a_failing_notebook_is_kept_and_reported_in_one_message(lab):
