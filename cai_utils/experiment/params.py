@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import glob
 import importlib
 import json
 import re
@@ -282,14 +283,19 @@ def grid_of(root, profile: str, notebook: str) -> dict:
 
 def files_named(root, value) -> list[Path]:
     """The user's own files and folders that a parameter's value names, at any depth: a path that
-    exists, absolute or from the project's root, also with a slice behind it (`mine.jsonl[:100]`).
+    exists, absolute or from the project's root, also with a slice behind it (`mine.jsonl[:100]`),
+    behind `gguf:`, and one for each size where it holds `{size}` (`models/mine-{size}`).
     """
     if isinstance(value, dict | list | tuple):
         parts = value.values() if isinstance(value, dict) else value
         return [path for part in parts for path in files_named(root, part)]
     if not isinstance(value, str) or not re.search(r"[/.]", value) or "\n" in value:
         return []
-    path = Path(root) / Path(re.sub(r"\[[^\]]*\]$", "", value)).expanduser()
+    name = re.sub(r"\[[^\]]*\]$", "", value.removeprefix("gguf:"))
+    path = Path(root) / Path(name).expanduser()
+    if "{size}" in name:
+        return [Path(found) for found in sorted(glob.glob(
+            "*".join(map(glob.escape, str(path).split("{size}")))))]
     return [path] if path.exists() and path.resolve() != Path(root).resolve() else []
 
 

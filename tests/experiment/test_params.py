@@ -34,6 +34,13 @@ def test_own_files_are_found_at_any_depth(tmp_path):
     named = {"a": "mine.jsonl[:10]", "b": [{"train": str(tmp_path / "models")}], "c": "xs",
              "d": "hh-rlhf/harmless-base/test", "e": 1e-3, "f": "."}
     assert params.files_named(tmp_path, named) == [tmp_path / "mine.jsonl", tmp_path / "models"]
+    for name in ("models/own-xs", "models/own-s", "models/[1]-s", "models/1-s"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "models/x.gguf").write_text("")
+    assert params.files_named(tmp_path, ["models/own-{size}", "gguf:models/x.gguf",
+                                         "models/[1]-{size}", "miniature/{size}"]) == [
+        tmp_path / name for name in ("models/own-s", "models/own-xs", "models/x.gguf",
+                                     "models/[1]-s")]
 
 
 @pytest.mark.parametrize("text, value", [
