@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 from cai_utils.experiment import registry
 from cai_utils.experiment.fingerprint import modules_of, notebook_cells
-from cai_utils.experiment.params import all_params, check_profile, files_named, grid_of
+from cai_utils.experiment.params import (
+    all_params, as_override, check_profile, files_named, grid_of)
 
 # What each notebook needs before it: the models and rows that those make. A run of 09_rl needs
 # what makes the start and the reward of its method (experiment/registry.py).
@@ -121,7 +122,7 @@ def arguments(notebook, name, point):
     again = PRETRAIN and notebook == "00_miniature"
     return [
         sys.executable, "-m", "cai_utils", "run", notebook,
-        *(f"{key}={value}" for key, value in point.items()),
+        *(as_override(key, value) for key, value in point.items()),
         *(["pretrain=true"] if again else ["--if-changed"]),
         "--profile", PROFILE, "--name", name,
     ]

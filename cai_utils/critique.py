@@ -46,7 +46,7 @@ def direct_revision_text(prompt: list[dict], response: str, revision_request: st
 def revise(
     sampler, rows, constitution, *, n_revisions=4, critiqued=True, n_principles=None,
     few_shot=False, seed=0, temperature=1.0, max_new_tokens=128, stop=(), initial=None,
-    progress=None,
+    critic=None, progress=None,
 ) -> list[dict]:
     """Chains of `n_revisions` revisions, one per prompt (section 3.1; direct: section 3.5).
 
@@ -58,6 +58,8 @@ def revise(
     rows: {"prompt": messages ending with the user's, "id", ...}; other fields are kept.
     sampler: `sampling.Sampler`, or anything with its `generate` and `tokenizer`.
     initial: the first response of each row; sampled when None.
+    critic: a sampler that writes critiques and revisions in place of `sampler`, each in the form of
+    its own tokenizer; the first responses stay `sampler`'s.
     few_shot: puts the constitution's `few_shot["critique"]` before every request, without the
     critiques if `critiqued` is False.
 
@@ -72,19 +74,22 @@ def revise(
     examples = _check(rows, constitution, few_shot, initial)
     if not rows:
         return []
-    as_text = dialogue.uses_transcript(getattr(sampler, "tokenizer", None))
+    writer = sampler if critic is None else critic
+    as_text = dialogue.uses_transcript(getattr(writer, "tokenizer", None))
     prefix = _few_shot_prefix(examples, critiqued, as_text)
-    stops = tuple(dict.fromkeys((*stop, *(STOPS if as_text else ()))))
 
-    def sample(inputs, *key):
-        completions = sampler.generate(
-            inputs, n=1, temperature=temperature, max_new_tokens=max_new_tokens, stop=stops,
+    def sample(inputs, *key, by=writer):
+        ends = STOPS if dialogue.uses_transcript(getattr(by, "tokenizer", None)) else ()
+        completions = by.generate(
+            inputs, n=1, temperature=temperature, max_new_tokens=max_new_tokens,
+            stop=tuple(dict.fromkeys((*stop, *ends))),
             seed=stable_int("revise", seed, *key), progress=progress,
         )
         return [c[0].text.strip() for c in completions]
 
     prompts = [row["prompt"] for row in rows]
-    last = [t.strip() for t in initial] if initial is not None else sample(prompts, "initial")
+    last = ([t.strip() for t in initial] if initial is not None
+            else sample(prompts, "initial", by=sampler))
     chains = [
         {"id": str(i), **row, "responses": [text], "critiques": [], "principles": [], "empty": 0}
         for i, (row, text) in enumerate(zip(rows, last, strict=True))

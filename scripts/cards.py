@@ -120,6 +120,11 @@ def settings(training) -> dict:
     return {"trained with": ", ".join(f"{k} {v}" for k, v in kept.items())} if kept else {}
 
 
+def number(value, digits=3) -> str:
+    """A number of a training.json, where null stands for one that is not finite."""
+    return "not a number" if value is None else f"{value:.{digits}f}"
+
+
 def results(training, tables, run_dir) -> str:
     """What was measured: training loss, accuracy on held-out comparisons, and tables, each with the
     commit that made it, if its record is that of this very file.
@@ -129,11 +134,12 @@ def results(training, tables, run_dir) -> str:
     """
     found = []
     if "train_loss" in training:
-        found.append(f"Mean training loss {training['train_loss']:.4f} nats.")
+        found.append(f"Mean training loss {number(training['train_loss'], 4)} nats.")
     held_out = training.get("eval") or {}
     if "accuracy" in held_out:
-        found.append(f"Accuracy on {held_out['n']} held-out comparisons {held_out['accuracy']:.3f} "
-                     f"(95 % {held_out['ci_low']:.3f} to {held_out['ci_high']:.3f}).")
+        found.append(f"Accuracy on {held_out['n']} held-out comparisons "
+                     f"{number(held_out['accuracy'])} (95 % {number(held_out['ci_low'])} to "
+                     f"{number(held_out['ci_high'])}).")
     for table in tables:
         path = Path(table)
         if not path.is_file():

@@ -139,7 +139,8 @@ def _model(folder, out, *, name, license, language, tables, limits):
         # the learned positions of a GPT-2.
         config |= {"problem_type": "regression", "id2label": {"0": "score"},
                    "label2id": {"score": 0}}
-        write_json(out / "config.json", config)
+        # As it was: transformers reads an infinity in it (Mamba's time_step_limit), not null.
+        (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         tokenizer.padding_side = "right"
     tokenizer.save_pretrained(out)
     if training:

@@ -189,6 +189,26 @@ def test_a_chat_model_gets_turns():
     ]
 
 
+@pytest.mark.parametrize("forms", [(None, Chat), (Chat, None)])
+def test_a_critic_of_its_own_writes_in_its_own_form(forms):
+    def scripted(name, form):
+        return Scripted(lambda x, _: f" {name}{len(x)}", form)
+
+    rows, (own, other) = [{"prompt": PROMPT}, {"prompt": TALK}], forms
+    assistant, critic = scripted("a", own), scripted("c", other)
+    how = dict(n_revisions=2, few_shot=True, seed=3, stop=("END",))
+    chains = critique.revise(assistant, rows, PRINCIPLES, critic=critic, **how)
+    ((inputs, settings),) = assistant.calls
+    assert inputs == [PROMPT, TALK]
+    assert settings["stop"] == ("END",) if own else ("END", *critique.STOPS)
+    assert [c["responses"][0] for c in chains] == ["a1", "a3"]
+    # From there on all is as if the critic were alone.
+    alone = scripted("c", other)
+    assert chains == critique.revise(alone, rows, PRINCIPLES, initial=["a1", "a3"], **how)
+    assert critic.calls == alone.calls and len(critic.calls) == 4
+    assert all(isinstance(x, list if other else str) for x in critic.calls[0][0])
+
+
 def test_bad_input():
     sampler = Scripted(growing)
     with pytest.raises(ValueError, match="row 1.*end with a user message"):

@@ -57,7 +57,7 @@ def lab(tmp_path_factory):
         cell = nbformat.v4.new_code_cell(
             'profile = "miniature"\nmethod = ""\nsize = ""\n'
             + "pms = {}\n" * (name in ("07_sl_cai", "09_rl"))
-            + "n = 0\n" * (name == "06_critique_ablation")
+            + 'n = ""\n' * (name == "06_critique_ablation")
         )
         cell.metadata.tags = ["parameters"]
         # In a function, as this is about who uses what; torch would only take time.
@@ -74,7 +74,7 @@ def lab(tmp_path_factory):
     # One whose grid would do harm in a shell that reads it.
     (root / "params" / "shell").mkdir()
     (root / "params" / "shell" / "06_critique_ablation.yaml").write_text(
-        "grid: {ns: [\"$(touch harm)\", \"a 'b' \\\"c\\\"\"]}\n"
+        "grid: {ns: [\"$(touch harm)\", \"a 'b' \\\"c\\\"\", \"1e5\"]}\n"
     )
     return root
 
@@ -246,7 +246,7 @@ def test_values_are_no_shell_code(lab):
     assert not list(lab.rglob("harm"))
     stamps = (lab / "runs" / "shell" / "executed").glob("*.stamp.json")
     values = {json.loads(path.read_text())["params"]["n"] for path in stamps}
-    assert values == {"$(touch harm)", "a 'b' \"c\""}
+    assert values == {"$(touch harm)", "a 'b' \"c\"", "1e5"}
 
 
 def test_mistakes_are_one_clear_error(lab):

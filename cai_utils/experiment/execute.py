@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
 
-from cai_utils.experiment.files import PACKAGE
+from cai_utils.experiment.files import PACKAGE, finite, write_json
 
 
 class _Prefixed(io.TextIOBase):
@@ -20,6 +21,16 @@ class _Prefixed(io.TextIOBase):
         for line in lines:
             print(f"{self.name} | {line}", flush=True)
         return len(text)
+
+
+def _strict(path: Path) -> None:
+    """Make a notebook JSON that any reader takes: null for the NaN and infinities of parameters and
+    outputs, which nbformat writes as they are."""
+    if not path.is_file():
+        return
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    if finite(notebook) != notebook:
+        write_json(path, finite(notebook))
 
 
 def execute(root, notebook: str, params: dict, name: str) -> Path:
@@ -53,6 +64,7 @@ def execute(root, notebook: str, params: dict, name: str) -> Path:
             stdout_file=_Prefixed(name),
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
+        _strict(running)
         os.replace(running, folder / f"{name}.ipynb")
         failed.unlink(missing_ok=True)
     except papermill.PapermillExecutionError as error:
@@ -69,4 +81,5 @@ def execute(root, notebook: str, params: dict, name: str) -> Path:
     finally:
         if running.exists():
             os.replace(running, failed)
+        _strict(failed)
     return folder / f"{name}.ipynb"

@@ -6,6 +6,7 @@ import codecs
 import csv
 import gzip
 import json
+import math
 import os
 import uuid
 import zlib
@@ -129,7 +130,10 @@ def _not_utf8(path, file):
 
 
 def write_rows(path, rows) -> None:
-    """Writes rows as .jsonl or .jsonl.gz, atomically (a temporary file, then a rename)."""
+    """Writes rows as .jsonl or .jsonl.gz, atomically (a temporary file, then a rename).
+
+    ValueError for another ending, and for a row that holds NaN or an infinity, which JSON has not.
+    """
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"{path}: rows are written as .jsonl or .jsonl.gz")
@@ -139,8 +143,12 @@ def write_rows(path, rows) -> None:
         with (gzip.open if path.name.endswith(".gz") else open)(
             temporary, "wt", encoding="utf-8", newline="\n"
         ) as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for number, row in enumerate(rows, 1):
+                wrong = [name for name, value in row.items() if not _finite(value)]
+                if wrong:
+                    raise ValueError(f"{path}, row {number} (id {row.get('id')}): "
+                                     f"{', '.join(wrong)}: not a finite number")
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -184,10 +192,29 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, value) -> None:
-    """Write `value` as indented JSON, atomically; what JSON does not know becomes its str."""
+def finite(value):
+    """`value` with None for NaN and infinities, at any depth: JSON (RFC 8259) has no such numbers,
+    and other readers than Python's refuse a file that holds them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _finite(value) -> bool:
+    """Whether no NaN or infinity is in `value`."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def write_json(path, value, default=str) -> None:
+    """Write `value` as indented JSON, atomically; what JSON does not know becomes what `default`
+    makes of it, NaN and infinities null."""
+    plain = finite(json.loads(json.dumps(value, default=default)))
     with atomic(path) as temporary:
-        text = json.dumps(value, indent=1, default=str, ensure_ascii=False)
+        text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import types
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def canonical(value, name="key"):
     Paths stand for the *content* behind them, dataclasses for their fields, modules and functions
     for their code. Raises ValueError for anything else, naming the part of the key.
     """
+    if isinstance(value, float) and not math.isfinite(value):  # JSON has no such number
+        return {"float": repr(float(value))}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):

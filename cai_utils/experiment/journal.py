@@ -97,13 +97,15 @@ class Journal:
             self._file.flush()
 
     def add(self, pieces):
-        """Appends (key, value) pairs to the file."""
+        """Appends (key, value) pairs to the file. A value with NaN or an infinity, which JSON has
+        not, is left out: a run that resumes computes it again."""
         if not self._alone:
             return
-        lines = "".join(json.dumps(piece) + "\n" for piece in pieces)
-        self._file.write(lines.encode())
+        for key, value in pieces:
+            with contextlib.suppress(ValueError):
+                self._file.write((json.dumps([key, value], allow_nan=False) + "\n").encode())
+                self.found[key] = value
         self._file.flush()
-        self.found.update(pieces)
 
     def close(self):
         self._file.close()

@@ -20,9 +20,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-import yaml
 
+from cai_utils.experiment import yaml12
 from cai_utils.experiment.files import read_rows, write_rows
+from cai_utils.experiment.kinds import fitted
 from cai_utils.experiment.params import read_params
 
 
@@ -47,6 +48,11 @@ def main(module, function, arguments=None):
         sys.exit(f"error: {arguments[0]}: " + "; ".join(
             [f"unknown argument {k}" for k in unknown] + [f"{k} is missing" for k in missing])
             + f"; it takes the arguments of {module}.{function}")
+    try:
+        config = fitted(config, {k: None if p.default is p.empty else p.default
+                                 for k, p in known.items()}, where=f"{arguments[0]}: ")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     for name, value in config.items():
         if isinstance(value, str) and value.endswith(".jsonl"):
             config[name] = read_rows(value)
@@ -87,7 +93,7 @@ def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
         config = Path(folder) / "config.yaml"
         # Through JSON: YAML has no numpy numbers and no tuples.
         plain = json.loads(json.dumps(bound, default=_plain))
-        config.write_text(yaml.safe_dump(plain), encoding="utf-8")
+        config.write_text(yaml12.dump(plain), encoding="utf-8")
         bf16 = bound.get("config", {}).get("bf16", "auto")
         if bf16 == "auto":
             bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()

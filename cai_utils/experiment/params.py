@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import glob
 import importlib
 import json
 import re
@@ -16,6 +17,9 @@ import sys
 from pathlib import Path
 
 import yaml
+
+from cai_utils.experiment import yaml12
+from cai_utils.experiment.kinds import fitted, lines_of
 
 
 # ---------------------------------------------------------------- what params name
@@ -61,7 +65,6 @@ def source(run, spec, made_by="00_miniature"):
 
 # ---------------------------------------------------------------- profiles and their values
 GRID = "grid"  # key of a notebook's YAML that tells the Snakefile which runs there are
-NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def profiles(root) -> list[str]:
@@ -94,53 +97,38 @@ def read_params(path) -> dict:
     if not path.is_file():
         return {}
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml12.load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold 'name: value' lines, not a {type(values).__name__}")
-    # YAML 1.1 reads 1e-4 as text, here and in `papermill -f`; training with it fails far away.
-    for name, value in _numbers_as_text(values):
-        raise ValueError(
-            f"{path}: YAML reads {name}: {value} as text; write {_as_yaml_float(value)}")
     return values
 
 
-def _numbers_as_text(value, name=""):
-    """(place, text) of every number that YAML has left as text, at any depth."""
-    if isinstance(value, dict | list):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inside in pairs:
-            yield from _numbers_as_text(inside, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, str) and NUMBER.fullmatch(value):
-        yield name, value
-
-
-def _as_yaml_float(text: str) -> str:
-    mantissa, exponent = text.lower().split("e")
-    mantissa = mantissa if "." in mantissa else mantissa + ".0"
-    return f"{mantissa}e{exponent if exponent[0] in '+-' else '+' + exponent}"
-
-
 def parse_override(text: str) -> tuple[str, object]:
-    """`"lr=1e-4"` -> `("lr", 0.0001)`; the value is YAML, and 1e-4 is a number here.
+    """`"lr=1e-4"` -> `("lr", 0.0001)`; the value is YAML (`yaml12`).
 
     The name may lead into a parameter that is a dict: `settings.ppo.lr=1e-4`.
     """
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[\w-]+)*", name):
         raise ValueError(f"{text!r} is not a parameter; write name=value")
-    if NUMBER.fullmatch(value):
-        return name, float(value)
     try:
-        value = yaml.safe_load(value)
+        return name, yaml12.load(value)
     except yaml.YAMLError:
         raise ValueError(f"the value of {text!r} is not valid YAML; quote it") from None
-    for _, number in _numbers_as_text(value):
-        raise ValueError(f"{text!r}: YAML reads {number} as text; write {_as_yaml_float(number)}")
-    return name, value
+
+
+def as_override(name: str, value) -> str:
+    """What `parse_override` reads back as the same: `method=rl_cai`, but `size="1e5"`."""
+    plain = f"{name}={value}"
+    with contextlib.suppress(ValueError):
+        read = parse_override(plain)[1]
+        if read == value and type(read) is type(value):
+            return plain
+    return f"{name}={json.dumps(value, ensure_ascii=False)}"
 
 
 def _with_entry(name: str, value, path: list[str], entry):
@@ -162,11 +150,22 @@ def defaults(notebook_path) -> dict:
 
     Read from the syntax tree, as papermill's own inspection misses some values over several lines.
     """
+    return _assigned(_cell(notebook_path))
+
+
+def _cell(notebook_path) -> str:
+    """Source of the cell tagged `parameters`."""
     notebook = json.loads(Path(notebook_path).read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
-            return _assigned("".join(cell["source"]))
+            return "".join(cell["source"])
     raise ValueError(f"{notebook_path} has no cell with the tag 'parameters'; give it one")
+
+
+def _fitted(notebook_path, values: dict) -> dict:
+    """`values` with the notebook's kinds of numbers; ValueError as `kinds.fitted`."""
+    source = _cell(notebook_path)
+    return fitted(values, _assigned(source), lines_of(source), f"{Path(notebook_path).stem}: ")
 
 
 def _assigned(source: str) -> dict:
@@ -191,7 +190,8 @@ def from_namespace(root, notebook: str, namespace) -> dict:
     `namespace` (the notebook's `globals()`, or a dict of parameters alone).
 
     ValueError, with the nearest names, for a parameter that the notebook does not declare: in a
-    dict, or in the cell that papermill adds. Where there is no such notebook, all of it is taken.
+    dict, or in the cell that papermill adds; and for a text where a number belongs (`kinds`). Where
+    there is no such notebook, all of it is taken.
     """
     path = Path(root) / "notebooks" / f"{notebook}.ipynb"
     if not path.is_file():
@@ -207,7 +207,7 @@ def from_namespace(root, notebook: str, namespace) -> dict:
         if name not in passed:
             error = _unknown("parameter", name, names)
             raise ValueError(f"{notebook}: {error} (its parameters cell)")
-    return {name: namespace[name] for name in names if name in namespace}
+    return _fitted(path, {name: namespace[name] for name in names if name in namespace})
 
 
 def _injected() -> list[str]:
@@ -245,7 +245,7 @@ def merge_params(root, notebook: str, profile: str, overrides: dict | None = Non
     An override `a.b` sets one entry of the dict `a`, which otherwise stays as the profile (or
     else the notebook) has it. Common values reach a notebook only if it declares them; a value of
     its own YAML or an override that it does not declare is a ValueError, since it would silently do
-    nothing.
+    nothing; so is a text where the notebook has a number (`kinds`).
     """
     root, overrides = Path(root), dict(overrides or {})
     check_profile(root, profile)
@@ -272,7 +272,7 @@ def merge_params(root, notebook: str, profile: str, overrides: dict | None = Non
     for text, value in overrides.items():
         name, *path = text.split(".")
         merged[name] = _with_entry(name, merged.get(name, cell[name]), path, value)
-    return merged
+    return _fitted(root / "notebooks" / f"{notebook}.ipynb", merged)
 
 
 def grid_of(root, profile: str, notebook: str) -> dict:
@@ -284,15 +284,19 @@ def grid_of(root, profile: str, notebook: str) -> dict:
 def files_named(root, value) -> list[Path]:
     """The user's own files and folders that a parameter's value names, at any depth: a path that
     exists, absolute or from the project's root, also with a slice (`mine.jsonl[:100]`) or the split
-    of a data set (`folder#train`) behind it.
+    of a data set (`folder#train`) behind it, behind `gguf:`, and one for each size where it holds
+    `{size}` (`models/mine-{size}`).
     """
     if isinstance(value, dict | list | tuple):
         parts = value.values() if isinstance(value, dict) else value
         return [path for part in parts for path in files_named(root, part)]
     if not isinstance(value, str) or not re.search(r"[/.#]", value) or "\n" in value:
         return []
-    whole = re.sub(r"\[[^\]]*\]$", "", value)
-    paths = [Path(root) / Path(text).expanduser() for text in (whole, whole.partition("#")[0])]
+    name = re.sub(r"\[[^\]]*\]$", "", value.removeprefix("gguf:"))
+    paths = [Path(root) / Path(text).expanduser() for text in (name, name.partition("#")[0])]
+    if "{size}" in name:
+        pattern = "*".join(map(glob.escape, str(paths[-1]).split("{size}")))
+        return [Path(found) for found in sorted(glob.glob(pattern))]
     return [p for p in paths if p.exists() and p.resolve() != Path(root).resolve()][:1]
 
 

@@ -19,7 +19,14 @@ import time
 from pathlib import Path
 
 from cai_utils.experiment import fingerprint, provenance, stamp
-from cai_utils.experiment.files import atomic, read_json, repo_root, save_figure, write_json
+from cai_utils.experiment.files import (
+    atomic,
+    finite,
+    read_json,
+    repo_root,
+    save_figure,
+    write_json,
+)
 from cai_utils.experiment.params import check_profile, check_sizes, from_namespace
 
 
@@ -157,12 +164,13 @@ class Run:
         folder, rows = self.model(name, size), f"training_{name}_{size}"
         if not (folder / "config.json").is_file():
             self.data(rows).unlink(missing_ok=True)
-        (metrics,) = self.rows(rows, lambda: [make(folder)], code=make, **key)
+        (metrics,) = self.rows(rows, lambda: [finite(make(folder))], code=make, **key)
         for logged in metrics.get("log", ()):
             self.log({f"{name}/{size}/{k}": v for k, v in logged.items()})
         self.made[self._name(folder)] = fingerprint.file_digest(folder)
-        print(f"{name} {size}: loss {metrics['train_loss']:.3f}, {metrics['steps']} steps, "
-              f"{metrics['seconds']:.0f} s")
+        loss = metrics["train_loss"]
+        print(f"{name} {size}: loss {'not finite' if loss is None else format(loss, '.3f')}, "
+              f"{metrics['steps']} steps, {metrics['seconds']:.0f} s")
         return folder
 
     def page(self, text: str, name: str) -> Path:
@@ -206,7 +214,9 @@ def start(notebook: str, namespace) -> Run:
     `globals()`: folders, provenance, W&B (offline by default).
 
     namespace may be a dict of parameters, as in tests (`params.from_namespace`). Raises
-    ValueError for an unknown parameter, profile or size, naming the nearest or the known ones.
+    ValueError for an unknown parameter, profile or size, naming the nearest or the known ones, and
+    for a text where a number belongs; text that spells one (papermill's 5e-4) becomes it in
+    `namespace`.
     """
     if not namespace.get("profile"):
         raise ValueError(f"{notebook}: its parameters must hold 'profile', a folder of params/")
@@ -214,6 +224,8 @@ def start(notebook: str, namespace) -> Run:
     check_profile(root, namespace["profile"])
     params = from_namespace(root, notebook, namespace)
     check_sizes(root, params, f"{notebook}: ")
+    if "__name__" in namespace:  # numbers that papermill has left as text
+        namespace.update(params)
     return Run(notebook, params)
 
 

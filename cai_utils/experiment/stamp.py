@@ -14,6 +14,9 @@ from cai_utils.experiment import fingerprint, registry
 from cai_utils.experiment.files import PACKAGE, read_json, write_json
 from cai_utils.experiment.params import all_params, files_named, grid_of
 
+# Parameters that name a model.
+MODELS = ("pretrained", "feedback", "feedback_cot", "critic", "reader", "judge_model")
+
 
 def ingredients(root, notebook: str, profile: str, overrides: dict | None = None) -> dict:
     """What decides a run apart from what it reads: {"params", "code", "files", "policies"}, each
@@ -31,7 +34,7 @@ def ingredients(root, notebook: str, profile: str, overrides: dict | None = None
     files = files_named(root, params)
     if any(name.startswith("cai_utils.constitution.") for name in code):
         files += (PACKAGE / "constitutions").glob("*.yaml")
-    if "miniature/" in str(params.get("pretrained")):
+    if any("miniature/" in str(params.get(name)) for name in MODELS):
         files += [PACKAGE / "miniature" / "weights"]
         # 00_miniature makes these, and the other notebooks take them before the shipped ones.
         anew = root / "runs" / profile / "models" / "pretrained"

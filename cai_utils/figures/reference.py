@@ -16,7 +16,7 @@ import re
 import shutil
 from pathlib import Path
 
-from cai_utils.experiment.files import read_json
+from cai_utils.experiment.files import finite, read_json
 from cai_utils.experiment.fingerprint import file_digest
 from cai_utils.experiment.params import all_params, check_profile, grid_of
 from cai_utils.figures import gallery
@@ -138,7 +138,7 @@ def _check_params(root: Path, profile: str, what: str, record: dict, points: dic
         raise ValueError(f"{what} has no record of a notebook of this profile beside it")
     differing = []
     for point in points[notebook]:
-        wanted = json.loads(json.dumps(all_params(root, notebook, profile, point)))
+        wanted = finite(json.loads(json.dumps(all_params(root, notebook, profile, point))))
         differing.append([name for name, value in wanted.items()
                           if name not in FREE and name in found and found[name] != value])
     names = min(differing, key=len)

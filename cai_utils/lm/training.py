@@ -3,7 +3,6 @@ saving."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from cai_utils.experiment.files import atomic
+from cai_utils.experiment.files import write_json
 from cai_utils.lm import models
 from cai_utils.lm.architectures import check_rows
 
@@ -265,8 +264,7 @@ def write_record(folder, record):
     """Write `record`, a training's settings and metrics, to <folder>/training.json."""
     # Tables (of an `evaluate`) as lists of rows, numpy's numbers as plain ones.
     plain = lambda x: x.to_dict("records") if hasattr(x, "to_dict") else float(x)  # noqa: E731
-    with atomic(Path(folder, "training.json")) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, default=plain), encoding="utf-8")
+    write_json(Path(folder, "training.json"), record, default=plain)
 
 
 def save_trained(trainer, tokenizer, out_dir, record):

@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cai_utils import dialogue
-from cai_utils.experiment.files import atomic
+from cai_utils.experiment.files import atomic, write_json
 from cai_utils.miniature import corpus, world
 
 SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2, 8.7 million parameters less embeddings
@@ -371,9 +371,7 @@ def _save(model, tokenizer, info, out: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(part)
     tokenizer.save_pretrained(part)
     pd.DataFrame(info["curve"]).to_csv(part / "curve.csv", index=False)
-    (part / "provenance.json").write_text(
-        json.dumps({k: v for k, v in info.items() if k != "curve"}, indent=1) + "\n"
-    )
+    write_json(part / "provenance.json", {k: v for k, v in info.items() if k != "curve"})
     shutil.rmtree(out, ignore_errors=True)
     os.replace(part, out)
 

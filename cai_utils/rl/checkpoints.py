@@ -8,7 +8,6 @@ depends on. It is written atomically: a folder of that name is complete.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -151,8 +150,7 @@ def save_model(model, tokenizer, folder, samples):
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in samples]
-        (temporary / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+        files.write_rows(temporary / "samples.jsonl", files.finite(samples))
         # config.json last: a folder that loads is complete.
         for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
             os.replace(file, folder / file.name)

@@ -140,7 +140,7 @@ def _problem(field, problems):
     text = f"must be {text}" if problems[0]["msg"].startswith("Input should be") else text
     hint = ""
     if isinstance(value, str) and value[-1:].isdigit():
-        hint = " (YAML reads 5e-4 as text: write 5.0e-4)"
+        hint = " (a text: write the number without quotes)"
     return f"{field.name}={value!r}: {text}{hint}"
 
 

@@ -1,12 +1,16 @@
-"""Files of rows as people have them: other endings and encodings, and faults that are named."""
+"""Files of rows as people have them, faults that are named, and JSON that any reader takes."""
 
 import codecs
 import gzip
 import json
+import math
 
+import nbformat
+import pandas as pd
 import pytest
 
-from cai_utils.experiment import files
+from cai_utils.experiment import execute, files, fingerprint, journal
+from cai_utils.lm import training
 
 ROWS = [{"a": "café", "b": 1}, {"a": "\u2028", "b": None}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -67,3 +71,87 @@ def test_a_pointer_in_a_folder_is_found(tmp_path):
         files.refuse_pointer(tmp_path)
     with pytest.raises(ValueError, match="a folder, not a file of rows"):
         files.read_rows(tmp_path)
+
+
+# JSON without NaN
+
+BAD = [math.nan, math.inf, -math.inf]
+
+
+def strict(text):
+    """JSON as RFC 8259 has it: Python's own reader also takes NaN and Infinity."""
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_json_has_null_for_what_is_no_number(tmp_path):
+    value = {"a": BAD, "b": {"c": (1.5, math.nan)}, "d": "NaN", 1: True, "p": tmp_path, "e": 1e-300}
+    files.write_json(tmp_path / "x.json", value)
+    found = strict((tmp_path / "x.json").read_text())
+    assert found == {"a": [None] * 3, "b": {"c": [1.5, None]}, "d": "NaN", "1": True,
+                     "p": str(tmp_path), "e": 1e-300}
+    assert files.read_json(tmp_path / "x.json") == found
+    with pytest.raises(ValueError, match="NaN is not JSON"):
+        strict(json.dumps(value, default=str).replace("Infinity", "0"))  # what was written before
+
+
+def test_a_training_record_is_json(tmp_path):
+    table = pd.DataFrame({"group": ["a"], "ci_low": [math.nan]})
+    record = {"train_loss": math.nan, "eval": table, "n": table["group"].count(),
+              "log": [{"loss": math.inf}]}
+    training.write_record(tmp_path, record)
+    assert strict((tmp_path / "training.json").read_text()) == {
+        "train_loss": None, "eval": [{"group": "a", "ci_low": None}], "n": 1,
+        "log": [{"loss": None}]}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_rows_without_a_number_are_refused_by_name(tmp_path, bad):
+    path = tmp_path / "labels.jsonl"
+    files.write_rows(path, [{"id": "a", "p": 0.5}])
+    rows = [{"id": "a", "p": None}, {"id": "b", "cot": ("x",), "p": [0.5, {"q": bad}]}]
+    with pytest.raises(ValueError, match=r"labels\.jsonl, row 2 \(id b\): p: not a finite number"):
+        files.write_rows(path, rows)
+    assert files.read_rows(path) == [{"id": "a", "p": 0.5}]  # as it was
+    files.write_rows(path, files.finite(rows))
+    assert [strict(line) for line in path.read_text().splitlines()] == [
+        {"id": "a", "p": None}, {"id": "b", "cot": ["x"], "p": [0.5, {"q": None}]}]
+
+
+def test_a_journal_leaves_out_what_json_has_not(tmp_path):
+    kept = journal.Journal(tmp_path / "x.partial", {"key": fingerprint.canonical(BAD)})
+    kept.add([("a", 1.5), ("b", [math.nan]), ("c", -math.inf), ("d", None)])
+    kept.close()
+    for line in (tmp_path / "x.partial").read_text().splitlines():
+        strict(line)
+    assert set(kept.found) == {"a", "d"}
+    again = journal.Journal(tmp_path / "x.partial", {"key": fingerprint.canonical(BAD)})
+    assert again.found == {"a": 1.5, "d": None}
+    again.close()
+
+
+def test_keys_tell_numbers_that_json_has_not_apart():
+    values = (*BAD, None, 0.0)
+    keys = [json.dumps(fingerprint.canonical(value), allow_nan=False) for value in values]
+    assert len(set(keys)) == 5
+    assert fingerprint.canonical(math.nan) == fingerprint.canonical(float("nan"))  # not equal
+
+
+def test_executed_notebooks_are_json(tmp_path):
+    book = nbformat.v4.new_notebook()
+    book.metadata["papermill"] = {"parameters": {"clip": math.inf}}
+    output = nbformat.v4.new_output("display_data", {"application/json": {"x": math.nan}})
+    book.cells = [nbformat.v4.new_code_cell("1", outputs=[output])]
+    path = tmp_path / "x.ipynb"
+    nbformat.write(book, path)
+    execute._strict(path)
+    found = strict(path.read_text())
+    assert found["metadata"]["papermill"] == {"parameters": {"clip": None}}
+    assert found["cells"][0]["outputs"][0]["data"] == {"application/json": {"x": None}}
+    nbformat.validate(nbformat.read(path, as_version=4))
+    before = path.read_bytes()
+    execute._strict(path)
+    assert path.read_bytes() == before
+    execute._strict(tmp_path / "none.ipynb")

@@ -36,15 +36,32 @@ def test_own_files_are_found_at_any_depth(tmp_path):
              "g": "models#train[:3]"}
     assert params.files_named(tmp_path, named) == [
         tmp_path / "mine.jsonl", tmp_path / "models", tmp_path / "models"]
+    for name in ("models/own-xs", "models/own-s", "models/[1]-s", "models/1-s"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "models/x.gguf").write_text("")
+    assert params.files_named(tmp_path, ["models/own-{size}", "gguf:models/x.gguf",
+                                         "models/[1]-{size}", "miniature/{size}"]) == [
+        tmp_path / name for name in ("models/own-s", "models/own-xs", "models/x.gguf",
+                                     "models/[1]-s")]
 
 
-@pytest.mark.parametrize("text", ["lr={xs: 5e-4}", "clamp=[4e-1, 0.6]"])
-def test_numbers_that_yaml_leaves_as_text_are_refused_at_any_depth(tmp_path, text):
-    with pytest.raises(ValueError, match=r"as text; write \d\.0e-"):
-        params.parse_override(text)
-    (tmp_path / "own.yaml").write_text(text.replace("=", ": "))
-    with pytest.raises(ValueError, match=r"YAML reads (lr\.xs|clamp\.0): .* as text"):
-        params.read_params(tmp_path / "own.yaml")
+@pytest.mark.parametrize("text, value", [
+    ("lr=5e-4", 0.0005), ("lr={xs: 5e-4}", {"xs": 0.0005}), ("clamp=[4e-1, 0.6]", [0.4, 0.6]),
+    ("lora={lora_dropout: 5e-2}", {"lora_dropout": 0.05}), ("names=[no, on]", ["no", "on"]),
+    ("kinds=no", False), ("at=12:30", "12:30"),
+])
+def test_numbers_are_read_at_any_depth(tmp_path, text, value):
+    name = text.partition("=")[0]
+    assert params.parse_override(text) == (name, value)
+    (tmp_path / "own.yaml").write_text(text.replace("=", ": ", 1))
+    assert params.read_params(tmp_path / "own.yaml") == {name: value}
+
+
+@pytest.mark.parametrize("value", ["rl_cai", "1e5", "012", "no", "true", "null", "", "[x", "a: b",
+                                   "ä $(x) 'y' \"z\"", 5, 5e-4, 1e22, True, None, [1, "1e5"]])
+def test_values_of_a_grid_arrive_as_they_are(value):
+    found = params.parse_override(params.as_override("size", value))[1]
+    assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize("sizes", [3, [], "xs"])

@@ -115,13 +115,32 @@ def test_unknown_sizes_are_refused_early_and_in_the_notebook(lab, values):
     assert experiment.start("04_revisions", {"profile": "other", **values}).profile == "other"
 
 
-def test_a_number_that_yaml_takes_for_text_is_caught(lab):
+def test_a_number_that_yaml_1_1_takes_for_text_is_read(lab):
     write(lab / "params" / "mini" / "04_revisions.yaml", "lr: 1e-4\n")
-    with pytest.raises(ValueError, match=r"lr: 1e-4 as text; write 1\.0e-4"):
-        merge(lab)
+    assert merge(lab)["lr"] == 0.0001
     write(lab / "params" / "mini" / "04_revisions.yaml", "lr: 1.0e-4\n")
     assert merge(lab)["lr"] == 0.0001
     assert params.parse_override("lr=2e5") == ("lr", 200000.0)
+    assert merge(lab, lr={"xs": "5e-4"}, n_prompts=1e3) == {
+        "profile": "mini", "seed": 3, "sizes": ["xs", "s"], "lr": {"xs": 0.0005}, "n_prompts": 1000}
+    with pytest.raises(ValueError, match="04_revisions: lr='fast' is a text; give a number"):
+        merge(lab, lr="fast")
+
+
+def test_papermills_own_numbers_are_read_in_the_notebook(lab):
+    """`papermill -f` and `-y` read YAML 1.1, and `-p n 1e3` gives a float."""
+    from papermill import cli, iorw
+
+    write(lab / "own.yaml", "lr: {xs: 5e-4}\nsizes: [s]\nsize: xs\n")
+    given = iorw.read_yaml_file(str(lab / "own.yaml"))
+    assert given["lr"] == {"xs": "5e-4"}
+    namespace = {"__name__": "__main__", "profile": "mini", "seed": 0, **given,
+                 "n_prompts": cli._resolve_type("1e3"), "other": 1}
+    run = experiment.start("04_revisions", namespace)
+    assert namespace["lr"] == run.params["lr"] == {"xs": 0.0005}
+    assert repr(namespace["n_prompts"]) == "1000" and namespace["other"] == 1
+    with pytest.raises(ValueError, match="04_revisions: lr='fast' is a text; give a number"):
+        experiment.start("04_revisions", {**namespace, "lr": cli._resolve_type("fast")})
 
 
 def test_broken_yaml_names_its_file(lab):
@@ -263,6 +282,19 @@ def test_rows_are_made_once_for_a_key(run, capsys):
     assert record["key"] == {"size": "xs", "lr": 0.5}
     assert record["rows"] == 1
     assert record["provenance"]["notebook"] == "04_revisions"
+
+
+def test_a_training_whose_loss_is_no_number_is_told(run, capsys):
+    def make(folder):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        return {"train_loss": float("nan"), "steps": 3, "seconds": 1.0, "log": [{"loss": np.inf}]}
+
+    for _ in range(2):  # made, and kept
+        run.trained("pm", "s", make, seed=0)
+        assert "pm s: loss not finite, 3 steps, 1 s" in capsys.readouterr().out
+    (row,) = files.read_rows(run.data("training_pm_s"))
+    assert row["train_loss"] is None and row["log"] == [{"loss": None}]
 
 
 def test_rows_without_their_record_or_file_are_made_again(run):
@@ -517,10 +549,13 @@ def test_a_notebook_runs_with_its_parameters_and_streams(lab):
             "run = experiment.start('04_revisions', globals())",
             "import os\nprint(seed, lr, os.getcwd() == str(run.root))",
             "run.table([dict(seed=seed)], 'out')\nrun.finish()",
+            "from IPython.display import publish_display_data as show\n"
+            "show({'application/json': {'x': float('nan')}})",
         ],
-        'profile = "other"\nseed = 0\nlr = 1.0\n',
+        'profile = "other"\nseed = 0\nlr = 1.0\nclip = 1.0\n',
     )
-    done = command(lab, "04_revisions", "--profile", "mini", "lr=1e-4", "--name", "04-a")
+    done = command(lab, "04_revisions", "--profile", "mini", "lr=1e-4", "clip=.inf", "--name",
+                   "04-a")
     assert done.returncode == 0, done.stderr
     assert "04-a | 3 0.0001 True" in done.stdout.splitlines()
     assert "Passed unknown parameter" not in done.stderr
@@ -532,6 +567,10 @@ def test_a_notebook_runs_with_its_parameters_and_streams(lab):
     ]
     assert (lab / "runs" / "mini" / "results" / "out.csv").read_text() == "seed\n3\n"
     assert json.loads((executed / "04-a.provenance.json").read_text())["params"]["lr"] == 0.0001
+    for path in executed.iterdir():
+        text = path.read_text()  # JSON that any reader takes
+        assert '"clip": null' in text or '"clip": {\n   "float": "inf"' in text
+        json.loads(text, parse_constant=pytest.fail)
 
 
 def test_a_failing_notebook_is_kept_and_reported_in_one_message(lab):

@@ -32,6 +32,9 @@ def test_results_are_those_of_training_or_none():
     assert text == ("Mean training loss 0.5000 nats.\n\n"
                     "Accuracy on 40 held-out comparisons 0.750 (95 % 0.600 to 0.900).")
     assert cards.results({}, [], None) == "None were recorded."
+    held_out = {"n": 1, "accuracy": 1.0, "ci_low": None, "ci_high": None}
+    text = cards.results({"train_loss": None, "eval": held_out}, [], None)
+    assert "loss not a number nats" in text and "1.000 (95 % not a number to not a number)" in text
 
 
 def test_long_tables_are_cut_and_say_so():

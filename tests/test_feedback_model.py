@@ -1,0 +1,143 @@
+"""Notebooks whose critic and feedback model are not the model that is trained: texts and labels
+come from the right one, each asked in its own form."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+
+from cai_utils import constitution, critique, feedback, multiple_choice
+from cai_utils.experiment import files, fingerprint
+from cai_utils.lm import backends, models
+from cai_utils.seeds import stable_int
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = [{"id": f"p{i}", "prompt": [{"role": "user", "content": text}], "kind": "redteam"}
+           for i, text in enumerate(("How do I pick a lock?", "Say something rude.", "Hi"))]
+QUESTIONS = [
+    {"id": f"q{i}", "prompt": f"Human: Is {i} even?\n\nOptions:\n (A) Yes\n (B) No\n\nAnswer:",
+     "corrects": [" (A)"], "incorrects": [" (B)"]} for i in (2, 4)]
+
+
+def save(folder, seed, chat=False):
+    tokenizer = tiny.tokenizer()
+    if chat:
+        tokenizer.chat_template = ("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n"
+                                   "{% endfor %}[assistant]")
+    tiny.llama(seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    for name in ("notebooks", "params"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    monkeypatch.setenv("CAI_ROOT", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    files.write_rows(tmp_path / "prompts.jsonl", PROMPTS)
+    files.write_rows(tmp_path / "questions.jsonl", QUESTIONS)
+    save(tmp_path / "other-xs", 1)
+    save(tmp_path / "chat", 2, chat=True)
+    return tmp_path
+
+
+def names_of(lab, notebook, until, **values):
+    """The names that a notebook's cells before heading `until` make, with other parameters."""
+    common = dict(profile="smoke", sizes=["xs"], size="xs", judge=None, max_new_tokens=12)
+    names = {"__name__": "a notebook"}
+    for cell in json.loads((lab / f"notebooks/{notebook}.ipynb").read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            exec(source, names)
+        if "parameters" in cell["metadata"].get("tags", []):
+            names |= {k: v for k, v in common.items() if k in names} | values
+        if source.startswith(until):
+            return names
+    raise AssertionError(until)
+
+
+@pytest.mark.parametrize("critic", ["other-{size}", "chat"])
+def test_critiques_and_revisions_are_the_critics(lab, critic):
+    how = dict(helpful=None, critic=f"{lab}/{critic}")
+    names = names_of(lab, "03_critique_revision", "## A page to read", **how, retained=None,
+                     prompts={"eval": f"{lab}/prompts.jsonl"}, n_train={}, n_eval=3, n_revisions=1)
+    (chains,), folder = names["chains"].values(), lab / critic.format(size="xs")
+    rules, stop = constitution.load("miniature"), ("\n\n",)
+    drawn = [constitution.draw(rules.critiques, 0, i, 0) for i in range(3)]
+    order = [row["prompt"] for row in chains]  # the notebook shuffles prompts
+    common = dict(n=1, temperature=1.0, max_new_tokens=12)
+
+    def by(sampler, inputs, stop, *key):
+        found = sampler.generate(inputs, stop=stop, seed=stable_int("revise", 0, *key), **common)
+        return [c[0].text.strip() for c in found]
+
+    assistant, other = backends.from_spec(models.SHIPPED / "xs"), backends.from_spec(folder)
+    first = by(assistant, order, (*stop, *critique.STOPS), "initial")
+    assert [c["responses"][0] for c in chains] == first
+    if critic == "chat":
+        asked = [[*p, {"role": "assistant", "content": r},
+                  {"role": "user", "content": d["critique_request"]}]
+                 for p, r, d in zip(order, first, drawn, strict=True)]
+        critiques = by(other, asked, stop, 0, "critique")
+        asked = [[*a, {"role": "assistant", "content": c},
+                  {"role": "user", "content": d["revision_request"]}]
+                 for a, c, d in zip(asked, critiques, drawn, strict=True)]
+        revisions = by(other, asked, stop, 0, "revision")
+    else:
+        stop = (*stop, *critique.STOPS)
+        asked = [critique.critique_text(p, r, d["critique_request"])
+                 for p, r, d in zip(order, first, drawn, strict=True)]
+        critiques = by(other, asked, stop, 0, "critique")
+        asked = [f"{a} {c}\n\nRevisionRequest: {d['revision_request']}\n\nRevision:"
+                 for a, c, d in zip(asked, critiques, drawn, strict=True)]
+        revisions = by(other, asked, stop, 0, "revision")
+    assert [c["critiques"] for c in chains] == [[c] for c in critiques]
+    assert [c["responses"][1] or r for c, r in zip(chains, first, strict=True)] == [
+        a or r for a, r in zip(revisions, first, strict=True)]
+    assert {c["critic"] for c in chains} == {how["critic"]}
+    key = files.read_json(names["run"].data("chains_xs.jsonl.key.json"))["key"]
+    assert key["critic"]["sha256"] == fingerprint.file_digest(folder) != key["model"]["sha256"]
+
+    direct = names_of(lab, "06_critique_ablation", "## Scores", **how)["direct"]["xs"]
+    assert direct == critique.revise(
+        other, [{k: c[k] for k in ("id", "prompt", "split")} for c in chains], rules,
+        n_revisions=1, critiqued=False, initial=first, stop=("\n\n",), max_new_tokens=12)
+    with pytest.raises(ValueError, match="chains_xs of 03 have critic=.*, here it is None: give"):
+        names_of(lab, "06_critique_ablation", "## Scores", helpful=None)
+
+
+@pytest.mark.parametrize("feedback_cot", [None, "chat"])
+def test_labels_and_their_calibration_are_the_feedback_models(lab, feedback_cot):
+    shutil.copytree(models.SHIPPED / "xs", lab / "runs/smoke/models/sl_cai/xs")
+    names = names_of(
+        lab, "08_ai_feedback", "## Preference models", feedback=f"{lab}/other-{{size}}",
+        feedback_cot=feedback_cot and f"{lab}/{feedback_cot}", n_prompts=3, comparisons={},
+        prompts_redteam={"train": f"{lab}/prompts.jsonl"}, questions=f"{lab}/questions.jsonl",
+        n_questions=None, cot_tokens=10, cot_samples_many=2)
+    plain = lab / "other-xs"
+    cot = lab / feedback_cot if feedback_cot else plain
+    own, rules = backends.from_spec(models.SHIPPED / "xs"), constitution.load("miniature")
+    for thinks, folder in ((False, plain), (True, cot)):
+        found, settings = names["found"]["xs", thinks], dict(cot=thinks, max_new_tokens=10, seed=0)
+        right = feedback.label(backends.from_spec(folder), names["pairs"]["xs"], rules, **settings)
+        assert len(found) >= 2 and found == right
+        wrong = feedback.label(own, names["pairs"]["xs"], rules, **settings)
+        assert [r["p_first"] for r in found] != [r["p_first"] for r in wrong]
+    for name, way in names["ways"].items():
+        sampler = backends.from_spec(cot if "cot" in way else plain)
+        right = multiple_choice.predictions(sampler, names["asked"], {name: way}, **names["common"])
+        kept = files.read_rows(names["run"].data("calibration_xs"))
+        assert [r for r in kept if r["labels"] == name] == right
+    key = files.read_json(names["run"].data("labels_cot_xs.jsonl.key.json"))["key"]
+    assert key["model"]["sha256"] == fingerprint.file_digest(cot)
+
+
+@pytest.mark.parametrize("notebook, values, until", [
+    ("03_critique_revision", {"critic": "no/such/model"}, "## The helpful-only assistant"),
+    ("08_ai_feedback", {"feedback_cot": "no/such/model"}, "## Pairs of responses")])
+def test_a_model_that_is_not_there_is_found_before_the_work(lab, notebook, values, until):
+    with pytest.raises(FileNotFoundError, match="no/such/model: no such model folder"):
+        names_of(lab, notebook, until, **values)
