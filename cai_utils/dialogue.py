@@ -11,7 +11,10 @@ Contents are written verbatim. Outer whitespace is removed where text becomes a 
 
 from __future__ import annotations
 
+import datetime
 import re
+
+from jinja2 import TemplateError
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
@@ -26,6 +29,28 @@ TEMPLATE = (
 
 _ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
+         {"role": "user", "content": "Go on"}]
+_READS = {}  # what `uses_transcript` found out
+
+# The date in templates that write one (Llama 3.1's fall back to the same): rows made today equal
+# those of tomorrow, and a model is sampled with the prompts that it is trained on. A template sees
+# no function that is passed to it, so this one stands before its text.
+_DATE = datetime.datetime(2024, 7, 26)
+_DATED = "{{%- macro strftime_now(format) -%}}{{{{ format{} }}}}{{%- endmacro %}}{{{{ '' }}}}".format("".join(
+    f"|replace('%{flag}{code}', '{found.lstrip('0') or '0' if flag else found}')"
+    for code in "aAbBcdDeFhHIjmMpSTuUwWxXyY" for found in [_DATE.strftime(f"%{code}")]
+    for flag in ("", "-")))
+
+
+class Rendered(str):
+    """Text that a chat template wrote: it has its special tokens already, and a tokenizer adds
+    none (`lm/tokens.py`). Text put behind it belongs to it, so the sum is `Rendered` too."""
+
+    __slots__ = ()
+
+    def __add__(self, other):
+        return Rendered(str.__add__(self, other))
 
 
 def transcript(messages, add_generation_prompt=False):
@@ -63,25 +88,52 @@ def parse_transcript(text):
 
 def uses_transcript(tokenizer):
     """Whether this model reads conversations as "Human: / Assistant:" text: it has no chat template
-    (a base LM), or one that renders the transcript (the miniature)."""
+    (a base LM), or one that renders a conversation as `transcript` does (the miniature), a bos
+    before it aside."""
     template = getattr(tokenizer, "chat_template", None)
-    return not template or "Human:" in str(template)
+    if not template:
+        return True
+    key = type(tokenizer), str(template), getattr(tokenizer, "bos_token", None)
+    if key not in _READS:
+        try:
+            text = _from_template(_TALK, tokenizer, True)
+        except ValueError:
+            text = ""
+        _READS[key] = text.removeprefix(key[-1] or "") == transcript(_TALK, True)
+    return _READS[key]
 
 
 def render(conversation, tokenizer, add_generation_prompt=True):
     """A conversation -> the text a model reads: its own chat template, else the transcript.
 
-    A `str` passes through. For text that ends with a finished response (scoring, training) pass
-    `add_generation_prompt=False`. ValueError as in `transcript`.
+    What a chat template wrote is `Rendered`. The transcript is a plain `str`, also where a template
+    renders it: to its model a conversation is text like any other, with the special tokens that
+    the tokenizer adds to texts. A `str` passes through as it is. A template that writes the date
+    writes 26 July 2024. For text that ends with a finished response (scoring, training) pass
+    `add_generation_prompt=False`. ValueError as in `transcript`, and for a conversation that the
+    template refuses.
     """
     if isinstance(conversation, str):
         return conversation
     _check(conversation, add_generation_prompt)
-    if getattr(tokenizer, "chat_template", None):
+    if not getattr(tokenizer, "chat_template", None):
+        return transcript(conversation, add_generation_prompt)
+    text = _from_template(conversation, tokenizer, add_generation_prompt)
+    return text if uses_transcript(tokenizer) else Rendered(text)
+
+
+def _from_template(messages, tokenizer, add_generation_prompt):
+    dated = "strftime_now" in str(tokenizer.chat_template)
+    more = {"chat_template": _DATED + tokenizer.get_chat_template()} if dated else {}
+    try:
         return tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    return transcript(conversation, add_generation_prompt)
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **more)
+    except TemplateError as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise ValueError(
+            f"the model's chat template refuses a conversation of these turns: {roles} ({error}); "
+            "join turns of one speaker that follow each other, begin with the user's, or leave the "
+            "row out") from None
 
 
 def with_response(prompt, text):
@@ -96,9 +148,11 @@ def _check(messages, add_generation_prompt):
     if not messages:
         raise ValueError("an empty conversation: give at least one message")
     for i, m in enumerate(messages):
-        if not isinstance(m, dict) or m.get("role") not in SPEAKERS or "content" not in m:
+        fine = isinstance(m, dict) and isinstance(m.get("content"), str)
+        if not fine or m.get("role") not in SPEAKERS:
             raise ValueError(
-                f"message {i} is {m!r}: it needs 'content' and a 'role' of 'user' or 'assistant'"
+                f"message {i} is {m!r}: it needs 'content', a text, and a 'role' of 'user' or "
+                "'assistant' (the text of a system turn can begin the first user turn)"
             )
     if add_generation_prompt and messages[-1]["role"] == "assistant":
         raise ValueError(
