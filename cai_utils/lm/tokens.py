@@ -103,7 +103,7 @@ def _spelled(prompt, continuation, joint, tokenizer):
         if ids[: len(head)] == head:
             tried.append(ids[len(head) :])
     right = (whole, read(prompt) + continuation)
-    exact = next((ids for ids in tried if read(prompt + ids) in right), None)
+    exact = next((ids for ids in tried if ids and read(prompt + ids) in right), None)
     return alone if exact is None and not whole.endswith(continuation) else exact
 
 
