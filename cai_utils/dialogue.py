@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from contextlib import suppress
 
 from jinja2 import TemplateError
 
@@ -31,16 +32,17 @@ _ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
          {"role": "user", "content": "Go on"}]
-_READS = {}  # what `uses_transcript` found out
+_READS = {}  # what `_reads` found out
 
 # The date in templates that write one (Llama 3.1's fall back to the same): rows made today equal
 # those of tomorrow, and a model is sampled with the prompts that it is trained on. A template sees
 # no function that is passed to it, so this one stands before its text.
 _DATE = datetime.datetime(2024, 7, 26)
-_DATED = "{{%- macro strftime_now(format) -%}}{{{{ format{} }}}}{{%- endmacro %}}{{{{ '' }}}}".format("".join(
-    f"|replace('%{flag}{code}', '{found.lstrip('0') or '0' if flag else found}')"
-    for code in "aAbBcdDeFhHIjmMpSTuUwWxXyY" for found in [_DATE.strftime(f"%{code}")]
-    for flag in ("", "-")))
+_CODES = {f"%{c}": _DATE.strftime(f"%{c}") for c in "aAbBcdDeFhHIjmMpSTuUwWxXyY"}
+_CODES |= {f"%-{c[1]}": value.lstrip("0") or "0" for c, value in _CODES.items()}
+_DATED = ("{% macro strftime_now(format) %}{{ format"
+          + "".join(f"|replace('{code}', '{value}')" for code, value in _CODES.items())
+          + " }}{% endmacro %}{{ '' }}")
 
 
 class Rendered(str):
@@ -90,17 +92,7 @@ def uses_transcript(tokenizer):
     """Whether this model reads conversations as "Human: / Assistant:" text: it has no chat template
     (a base LM), or one that renders a conversation as `transcript` does (the miniature), a bos
     before it aside."""
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        return True
-    key = type(tokenizer), str(template), getattr(tokenizer, "bos_token", None)
-    if key not in _READS:
-        try:
-            text = _from_template(_TALK, tokenizer, True)
-        except ValueError:
-            text = ""
-        _READS[key] = text.removeprefix(key[-1] or "") == transcript(_TALK, True)
-    return _READS[key]
+    return not getattr(tokenizer, "chat_template", None) or _reads(tokenizer)[1]
 
 
 def render(conversation, tokenizer, add_generation_prompt=True):
@@ -122,7 +114,11 @@ def render(conversation, tokenizer, add_generation_prompt=True):
     return text if uses_transcript(tokenizer) else Rendered(text)
 
 
-def _from_template(messages, tokenizer, add_generation_prompt):
+def _from_template(messages, tokenizer, add_generation_prompt, parts=None):
+    """parts: contents are given as lists, which is the one form that templates of models with
+    images read (others drop them, without a word); None: what this template reads."""
+    if _reads(tokenizer)[0] if parts is None else parts:
+        messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     dated = "strftime_now" in str(tokenizer.chat_template)
     more = {"chat_template": _DATED + tokenizer.get_chat_template()} if dated else {}
     try:
@@ -134,6 +130,22 @@ def _from_template(messages, tokenizer, add_generation_prompt):
             f"the model's chat template refuses a conversation of these turns: {roles} ({error}); "
             "join turns of one speaker that follow each other, begin with the user's, or leave the "
             "row out") from None
+
+
+def _reads(tokenizer):
+    """(whether a tokenizer's template reads contents as lists of parts, whether it renders the
+    transcript), found by a sample of its own and kept."""
+    bos = getattr(tokenizer, "bos_token", None) or ""
+    key = type(tokenizer), str(tokenizer.chat_template), bos
+    if key not in _READS:
+        _READS[key] = False, False
+        for parts in (False, True):
+            with suppress(ValueError):
+                text = _from_template(_TALK, tokenizer, True, parts)
+                if _TALK[-1]["content"] in text:
+                    _READS[key] = parts, text.removeprefix(bos) == transcript(_TALK, True)
+                    break
+    return _READS[key]
 
 
 def with_response(prompt, text):

@@ -86,9 +86,9 @@ def _spelled(prompt, continuation, joint, tokenizer):
     tokenisation of both together.
 
     SentencePiece puts a space before a text of its own, so that the continuation alone may say more
-    than it stands for; behind a character that it does not merge with it has none. Where the
-    vocabulary cannot write the text at all (words that it does not know) nothing can be compared:
-    the ids of the continuation alone. None where it could, but not behind this prompt.
+    than it stands for; behind a character that it does not merge with it has none. Where nothing
+    reads the same (a decoder that writes other spaces): the ids of the continuation alone. None
+    where those hold an unknown token, and the tokenisation of both together none.
     """
     def ids_of(text):
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -104,7 +104,8 @@ def _spelled(prompt, continuation, joint, tokenizer):
             tried.append(ids[len(head) :])
     right = (whole, read(prompt) + continuation)
     exact = next((ids for ids in tried if ids and read(prompt + ids) in right), None)
-    return alone if exact is None and not whole.endswith(continuation) else exact
+    lost = tokenizer.unk_token_id in alone and whole.endswith(continuation)
+    return alone if exact is None and not lost else exact
 
 
 def leading_ids(tokenizer) -> list[int]:
@@ -134,7 +135,7 @@ def without_bos(text, tokenizer) -> str:
     A text cannot tell such an engine to add none: where `adds_special_tokens` is false and nothing
     is taken off here, only ids (`text_ids`) or a setting of the engine say what is meant.
     """
-    if not callable(tokenizer):  # not known here
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):  # not known here
         return text
     start = "".join(tokenizer.convert_ids_to_tokens(special_ids(tokenizer)[0]))
     return text[len(start) :] if text.startswith(start) else text

@@ -1,14 +1,18 @@
 """The exact text that reaches a model, read off the token ids that it is called with: a base
 model, a chat model, the miniature; in sampling, choices, finetuning and preference models."""
 
+import datetime
 import importlib.util
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import trl
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from cai_utils import dialogue, preference, sft
 from cai_utils.lm import models, tokens
@@ -265,6 +269,35 @@ def test_a_response_follows_the_ids_that_are_sampled_from(template, said, expect
     assert preference.tokenize([row], tokenizer)["chosen_ids"] == [prompt + response]
 
 
+PUBLIC = sorted(p for p in Path(trl.__file__).parent.glob("chat_templates/*.jinja")
+                if not p.stem.endswith("_training"))
+
+
+@pytest.mark.parametrize("template", PUBLIC, ids=lambda p: p.stem)
+def test_public_templates(template, monkeypatch):
+    class Then(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2024, 7, 26)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Then)
+    tokenizer = with_specials("<s> $A")
+    tokenizer.chat_template = template.read_text()
+    talk, answer = TALK, ANSWER
+    if template.stem in ("idefics3", "llava_next", "smolvlm"):  # lists of parts, or nothing
+        talk, answer = ([{**m, "content": [{"type": "text", "text": m["content"]}]} for m in part]
+                        for part in (TALK, ANSWER))
+    prompt = tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+    ((found, response),) = tokens.encode([TALK + ANSWER], tokenizer)
+    assert found == prompt == tokens.text_ids([dialogue.render(TALK, tokenizer)], tokenizer)[0]
+    assert "Hi" in text_of(tokenizer, found) and "Go on" in text_of(tokenizer, found)
+    said = text_of(tokenizer, response)
+    assert said.count("Now.") == 1 and said.endswith("</s>")
+    whole = tokenizer.apply_chat_template(talk + answer, tokenize=False)
+    assert whole.rstrip().removesuffix("</s>").rstrip().endswith(said.removesuffix("</s>").strip())
+    assert not dialogue.uses_transcript(tokenizer)
+
+
 def test_a_conversation_that_the_template_refuses_is_named():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = ("{% for m in messages %}{% if loop.index0 and m.role == messages"
@@ -283,8 +316,9 @@ def test_a_conversation_that_the_template_refuses_is_named():
 
 
 SPELLINGS = [
-    ("Answer is: ", "(A)"), ("Answer is:", " (A)"), ("Answer is: ", " (A)"), ("Answer is:\n", "(A)"),
-    ("[/INST] ", "Now."), ("[/INST]", " Now."), ("Now ", "\u00e9 Now"), ("Now ", "Now now"),
+    ("Answer is: ", "(A)"), ("Answer is:", " (A)"), ("Answer is: ", " (A)"),
+    ("Answer is:\n", "(A)"), ("[/INST] ", "Now."), ("[/INST]", " Now."),
+    ("Now ", "\u00e9 Now"), ("Now ", "Now now"),
     ("No", "w"), ("Now", "  now"), ("a ", "\n\nNow"), ("( ", "."),
 ]
 

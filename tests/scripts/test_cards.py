@@ -10,7 +10,7 @@ from cai_utils.experiment import fingerprint
 from cai_utils.lm import models
 from scripts import cards
 
-CHATML = "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
+CHATML = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
 
 
 def test_a_table_is_shown_with_the_commit_that_made_it_and_no_other(tmp_path):
