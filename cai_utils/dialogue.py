@@ -15,9 +15,11 @@ Contents are written verbatim. Outer whitespace is removed where text becomes a 
 
 from __future__ import annotations
 
+import datetime
 import re
+from contextlib import suppress
 
-import jinja2
+from jinja2 import TemplateError
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 ROLES = ("system", *SPEAKERS)
@@ -35,6 +37,29 @@ TEMPLATE = (
 _ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
 _LEADS = {"system": "", **{role: f"{speaker}: " for role, speaker in SPEAKERS.items()}}
 _TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
+_TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
+         {"role": "user", "content": "Go on"}]
+_READS = {}  # what `_reads` found out
+
+# The date in templates that write one (Llama 3.1's fall back to the same): rows made today equal
+# those of tomorrow, and a model is sampled with the prompts that it is trained on. A template sees
+# no function that is passed to it, so this one stands before its text.
+_DATE = datetime.datetime(2024, 7, 26)
+_CODES = {f"%{c}": _DATE.strftime(f"%{c}") for c in "aAbBcdDeFhHIjmMpSTuUwWxXyY"}
+_CODES |= {f"%-{c[1]}": value.lstrip("0") or "0" for c, value in _CODES.items()}
+_DATED = ("{% macro strftime_now(format) %}{{ format"
+          + "".join(f"|replace('{code}', '{value}')" for code, value in _CODES.items())
+          + " }}{% endmacro %}{{ '' }}")
+
+
+class Rendered(str):
+    """Text that a chat template wrote: it has its special tokens already, and a tokenizer adds
+    none (`lm/tokens.py`). Text put behind it belongs to it, so the sum is `Rendered` too."""
+
+    __slots__ = ()
+
+    def __add__(self, other):
+        return Rendered(str.__add__(self, other))
 
 
 def transcript(messages, add_generation_prompt=False):
@@ -74,37 +99,72 @@ def parse_transcript(text):
 
 def uses_transcript(tokenizer):
     """Whether this model reads conversations as "Human: / Assistant:" text: it has no chat template
-    (a base LM), or one that renders the transcript (the miniature)."""
-    template = getattr(tokenizer, "chat_template", None)
-    return not template or "Human:" in str(template)
+    (a base LM), or one that renders a conversation as `transcript` does (the miniature), a bos
+    before it aside."""
+    return not getattr(tokenizer, "chat_template", None) or _reads(tokenizer)[1]
 
 
 def render(conversation, tokenizer, add_generation_prompt=True):
     """A conversation -> the text a model reads: its own chat template, else the transcript.
 
-    A `str` passes through. For text that ends with a finished response (scoring, training) pass
-    `add_generation_prompt=False`. ValueError as in `transcript`, and for a system message that the
-    template leaves out, refuses, or gives to the user or the assistant.
+    What a chat template wrote is `Rendered`. The transcript is a plain `str`, also where a template
+    renders it: to its model a conversation is text like any other, with the special tokens that
+    the tokenizer adds to texts. A `str` passes through as it is. A template that writes the date
+    writes 26 July 2024. For text that ends with a finished response (scoring, training) pass
+    `add_generation_prompt=False`. ValueError as in `transcript`, for a conversation that the
+    template refuses, and for a system message that it leaves out or gives to another role.
     """
     if isinstance(conversation, str):
         return conversation
     _check(conversation, add_generation_prompt)
-    if getattr(tokenizer, "chat_template", None):
-        if conversation[0]["role"] == "system":
-            _check_system(conversation[0]["content"], tokenizer)
+    if not getattr(tokenizer, "chat_template", None):
+        return transcript(conversation, add_generation_prompt)
+    if conversation[0]["role"] == "system":
+        _check_system(conversation[0]["content"], tokenizer)
+    text = _from_template(conversation, tokenizer, add_generation_prompt)
+    return text if uses_transcript(tokenizer) else Rendered(text)
+
+
+def _from_template(messages, tokenizer, add_generation_prompt, parts=None):
+    """parts: contents are given as lists, which is the one form that templates of models with
+    images read (others drop them, without a word); None: what this template reads."""
+    if _reads(tokenizer)[0] if parts is None else parts:
+        messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    dated = "strftime_now" in str(tokenizer.chat_template)
+    more = {"chat_template": _DATED + tokenizer.get_chat_template()} if dated else {}
+    try:
         return tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    return transcript(conversation, add_generation_prompt)
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **more)
+    except TemplateError as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise ValueError(
+            f"the model's chat template refuses a conversation of these turns: {roles} ({error}); "
+            "join turns of one speaker that follow each other, begin with the user's, or leave the "
+            "row out") from None
+
+
+def _reads(tokenizer):
+    """(whether a tokenizer's template reads contents as lists of parts, whether it renders the
+    transcript), found by a sample of its own and kept."""
+    bos = getattr(tokenizer, "bos_token", None) or ""
+    key = type(tokenizer), str(tokenizer.chat_template), bos
+    if key not in _READS:
+        _READS[key] = False, False
+        for parts in (False, True):
+            with suppress(ValueError):
+                text = _from_template(_TALK, tokenizer, True, parts)
+                if _TALK[-1]["content"] in text:
+                    _READS[key] = parts, text.removeprefix(bos) == transcript(_TALK, True)
+                    break
+    return _READS[key]
 
 
 def _check_system(text, tokenizer):
     def shown(role):
         talk = [{"role": role, "content": text}, {"role": "user", "content": "?"}]
-        try:
-            return tokenizer.apply_chat_template(talk, tokenize=False)
-        except (jinja2.TemplateError, ValueError):
-            return ""
+        with suppress(ValueError):
+            return _from_template(talk, tokenizer, False)
+        return ""
 
     system = shown("system")
     if text.strip() not in system or system in map(shown, SPEAKERS):
@@ -125,10 +185,11 @@ def _check(messages, add_generation_prompt):
         raise ValueError("an empty conversation: give at least one message")
     for i, m in enumerate(messages):
         roles = ROLES if i == 0 and len(messages) > 1 else SPEAKERS
-        if not isinstance(m, dict) or m.get("role") not in roles or m.get("content") is None:
+        fine = isinstance(m, dict) and isinstance(m.get("content"), str)
+        if not fine or m.get("role") not in roles:
             raise ValueError(
-                f"message {i} is {m!r}: it needs 'content' and a 'role' of 'user' or 'assistant'; "
-                "a 'system' message may stand before the first turn"
+                f"message {i} is {m!r}: it needs 'content', a text, and a 'role' of 'user' or "
+                "'assistant'; a 'system' message may stand before the first turn"
             )
     if add_generation_prompt and messages[-1]["role"] == "assistant":
         raise ValueError(

@@ -78,7 +78,7 @@ def tokenize(rows, tokenizer, max_length=512):
         else:
             raise ValueError(f"SFT row {i}: needs 'messages' or 'text', has {sorted(row)}")
     found, too_long = {}, 0  # row -> [(ids, labels)]
-    encoded = tokens.encode([rows[i]["messages"] for i in conversations], tokenizer)
+    encoded = tokens.encode([rows[i]["messages"] for i in conversations], tokenizer, conversations)
     for i, (prompt, response) in zip(conversations, encoded, strict=True):
         prompt = tokens.shorten_prompt(prompt, response, max_length, tokenizer.bos_token_id)
         if prompt is None:
@@ -99,15 +99,15 @@ def tokenize(rows, tokenizer, max_length=512):
 
 def _pieces(rows, tokenizer, max_length):
     """Pretraining rows -> for each a list of (ids, labels), one per piece that has a loss."""
-    contexts = [row.get("context") or "" for row in rows]
-    whole = [context + row["text"] for context, row in zip(contexts, rows, strict=True)]
-    masked = [len(ids) if context else 0
+    contexts, texts = [row.get("context") or "" for row in rows], [row["text"] for row in rows]
+    starts = [ids if context else []
               for ids, context in zip(tokens.text_ids(contexts, tokenizer), contexts, strict=True)]
+    ends = tokens.continuation_ids(contexts, starts, texts, tokenizer)
     out = []
-    for ids, n in zip(tokens.text_ids(whole, tokenizer), masked, strict=True):
-        ids = ids + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
+    for start, end in zip(starts, ends, strict=True):
+        end = end + [tokenizer.eos_token_id] * (end[-1:] != [tokenizer.eos_token_id])
+        ids, labels = start + end, [-100] * len(start) + end
         step = max_length or len(ids)
-        labels = [-100] * n + ids[n:]
         pieces = [(ids[j : j + step], labels[j : j + step]) for j in range(0, len(ids), step)]
         out.append([(a, b) for a, b in pieces if len(a) > 1 and any(x >= 0 for x in b)])
     return out

@@ -109,11 +109,11 @@ def push_to_hub(source, repo_id, *, private=True, token=None, **card) -> str:
 def scored_text(conversation, tokenizer) -> str:
     """The text whose score a text-classification pipeline gives as `preference.Scorer` does, up
     to `config.score_mean`: the rendered conversation, ended by one eos, where scores are read
-    (left to tokenizers that write it themselves). Where the text begins with bos, the pipeline
-    needs `add_special_tokens=False`. ValueError as in `dialogue.transcript`."""
-    text = render(conversation, tokenizer, add_generation_prompt=False).rstrip()
+    (left to tokenizers that write it themselves). Where a chat template wrote the text, the
+    pipeline needs `add_special_tokens=False`. ValueError as in `dialogue.render`."""
+    text = render(conversation, tokenizer, add_generation_prompt=False)
     closes = tokens.adds_special_tokens(text, tokenizer) and tokens.closes_texts(tokenizer)
-    return text.removesuffix(tokenizer.eos_token) + ("" if closes else tokenizer.eos_token)
+    return text.rstrip().removesuffix(tokenizer.eos_token) + ("" if closes else tokenizer.eos_token)
 
 
 def _model(folder, out, *, name, license, language, tables, limits):

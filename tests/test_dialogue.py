@@ -1,13 +1,19 @@
 """Conversations and their text forms, to the letter."""
 
+import datetime
+import json
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from cai_utils import dialogue
 from cai_utils.dialogue import (
     TEMPLATE,
+    Rendered,
     parse_transcript,
     render,
     transcript,
@@ -33,6 +39,11 @@ TRANSCRIPT = (
     "{% for m in messages %}"
     "{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' }}{{ m.content }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{{ m.content }}"
+    "{% endfor %}"
 )
 
 
@@ -92,6 +103,66 @@ def test_rendering_for_a_base_model_a_chat_model_and_the_miniature():
 def test_which_models_read_transcripts():
     assert uses_transcript(tokenizer()) and uses_transcript(tokenizer(TRANSCRIPT))
     assert not uses_transcript(tokenizer(CHATML))
+    assert uses_transcript(tokenizer(TEMPLATE))
+
+
+@pytest.mark.parametrize("template, expected", [
+    # The words alone do not make a transcript.
+    ("{% for m in messages %}### {{ 'Human:' if m.role == 'user' else 'Assistant:' }} "
+     "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}### Assistant:{% endif %}", False),
+    (CHATML + "{# not as in Human: hello #}", False),
+    (TRANSCRIPT.replace("'\n\nHuman: '", "'Human: '"), False),
+    (TRANSCRIPT + " ", False),
+    ("{{ bos_token }}" + TRANSCRIPT, True),
+    # a template that refuses the sample
+    ("{{ raise_exception('Human: no') }}", False),
+])
+def test_a_transcript_template_is_told_by_what_it_renders(template, expected):
+    made = tokenizer(template)
+    made.bos_token = "a"
+    assert uses_transcript(made) == expected
+    if "raise" not in template:
+        assert isinstance(render(TALK[:1], made), Rendered) != expected
+
+
+def test_what_a_chat_template_wrote_says_so():
+    text = render(TALK, tokenizer(CHATML))
+    assert isinstance(text, Rendered) and isinstance(render(text, tokenizer()), Rendered)
+    # the beginning of an answer belongs to it
+    assert isinstance(text + "The answer is:" + " (A)", Rendered)
+    assert text + "x" == str(text) + "x" and not isinstance("x" + text, Rendered)
+    for plain in (render(TALK, tokenizer()), render(TALK, tokenizer(TRANSCRIPT)),
+                  render("as it is", tokenizer(CHATML))):
+        assert type(plain) is str
+    # to everything else it is a text
+    assert text == str(text) and {text: 1}[str(text)] == 1
+    assert json.dumps([text]) == json.dumps([str(text)])
+    assert isinstance(pickle.loads(pickle.dumps(text)), Rendered)
+
+
+@pytest.mark.parametrize("asked, expected", [
+    ("strftime_now('%d %b %Y')", "26 Jul 2024"), ("strftime_now('%Y-%m-%d')", "2024-07-26"),
+    ("strftime_now(\"%B %-d, %Y\")", "July 26, 2024"), ("strftime_now('%A, %H:%M')",
+                                                       "Friday, 00:00"),
+    ("date_string", "26 Jul 2024"),
+])
+def test_rows_made_today_are_those_of_tomorrow(asked, expected, monkeypatch):
+    template = ("\n{% if not date_string is defined %}{% if strftime_now is defined %}"
+                "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}"
+                "Today is {{ " + asked + " }}.\n" + CHATML)
+    made = tokenizer(template)
+    assert render(TALK[:1], made).startswith(f"\nToday is {expected}.\n<|im_start|>user")
+    # and but for the date it is what transformers renders
+    from transformers.utils import chat_template_utils
+
+    class Then(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2024, 7, 26)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Then)
+    then = made.apply_chat_template(TALK[:1], tokenize=False, add_generation_prompt=True)
+    assert render(TALK[:1], made) == then
 
 
 def test_a_response_is_stripped_and_the_prompt_left_alone():
@@ -109,6 +180,10 @@ def test_a_response_is_stripped_and_the_prompt_left_alone():
         (lambda: transcript([]), "empty conversation"),
         (lambda: transcript([{"role": "system", "content": "x"}]), "message 0 .*'user'"),
         (lambda: transcript([TALK[0], {"role": "user"}]), "message 1 .*'content'"),
+        (lambda: transcript([{"role": "system", "content": "x"}]), "begin the first user turn"),
+        (lambda: render([{"role": "user", "content": None}], tokenizer()), "content', a text"),
+        (lambda: render([TALK[0], TALK[2]], tokenizer(ALTERNATING)),
+         "turns: user, user .*alternate.*; join turns"),
         (lambda: transcript(TALK[:2], add_generation_prompt=True), "already ends"),
         (lambda: render(TALK[:2], tokenizer(CHATML)), "already ends"),
         (lambda: parse_transcript("Hello. \n\nHuman: x"), "'Hello"),

@@ -27,7 +27,7 @@ class Completion:
 
 def check_settings(n, temperature, top_p, max_new_tokens):
     """ValueError for settings of `generate` outside their range."""
-    if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if n < 1 or max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}:"
             " they must be at least 1, at least 1, at least 0, and in (0, 1]"
@@ -40,14 +40,14 @@ def check_inputs(inputs):
         raise ValueError("give a list of at least one conversation or text")
 
 
-def render_all(inputs, tokenizer):
+def render_all(inputs, tokenizer, name="input"):
     """Conversations and texts -> texts; ValueError for a conversation, naming its row."""
     texts = []
     for r, item in enumerate(inputs):
         try:
             texts.append(render(item, tokenizer))
         except ValueError as error:
-            raise ValueError(f"input {r}: {error}") from None
+            raise ValueError(f"{name} {r}: {error}") from None
     return texts
 
 

@@ -29,6 +29,7 @@ from cai_utils.lm.kvcache import Layer, bytes_per_token, memory_budget, room, sh
 # per batch instead of in every step; all others get the usual 0/1 mask.
 _MASK_ONCE = {"llama", "gpt_neox", "gpt2", "qwen2", "qwen3", "olmo2", "smollm3"}
 _COMPACT_BELOW = 0.8  # fraction of unfinished rows below which the finished ones are dropped
+_COLD = 1e-30  # temperature below which logits are made at most 0, since quotients could overflow
 _SDPA_FROM = 192  # tokens
 _PREFILL_TOKENS = 2048  # tokens prefilled at once on a CPU, so that activations stay in its caches
 SCORE_ELEMENTS = 2**25  # attention scores or logits held at once
@@ -341,7 +342,9 @@ def _pick(logits, temperature, top_p, uniforms):
         logprobs = torch.log_softmax(logits, -1)
         token = logits.argmax(-1)
     else:
-        logprobs = torch.log_softmax(logits / temperature, -1)
+        if temperature < _COLD:
+            logits = logits - logits.amax(-1, keepdim=True)
+        logprobs = torch.log_softmax(logits / max(temperature, 1e-37), -1)
         weights, order = logprobs.exp(), None
         if top_p < 1:
             weights, order = weights.sort(-1, descending=True)

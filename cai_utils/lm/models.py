@@ -204,6 +204,8 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=N
         if not hasattr(model, "score"):
             raise ValueError(f"{spec}: a {type(model).__name__} reads no score at a row's last "
                              "token; make preference models of another family, such as Llama")
+    if not has_embedding(model, tokenizer.pad_token_id):  # trainers pad with it
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     # Sequence heads find the last token of a row by the pad id; generate() pads with it.
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -298,12 +300,19 @@ def pad_apart_from_eos(model, tokenizer):
     """Give the model a pad id that is not eos, and return it.
 
     transformers reads the score at the last token that is not padding. Where the pad token is eos,
-    as in many chat models, it would skip the eos; sequences here end in eos, so any other id works.
+    as in many chat models, it would skip the eos; sequences here end in eos, so any other id that
+    has an embedding works (a pad token that was added to a tokenizer alone has none).
     """
     ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
-    pad_id = next(t for t in ids if t is not None and t != tokenizer.eos_token_id)
+    pad_id = next(i for i in ids if has_embedding(model, i) and i != tokenizer.eos_token_id)
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_id
     return pad_id
+
+
+def has_embedding(model, token_id):
+    """Whether a token id (or None) is one that `model` can read."""
+    count = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return token_id is not None and (count is None or token_id < count)
 
 
 def has_score_head(model):

@@ -58,7 +58,7 @@ class Sampler:
         self.engine = Engine(model, batch_tokens)
         self.context = self.engine.context
         self.source = None  # a live model may change between two calls: nothing of it is kept
-        self._stop_tokens = {}
+        self._stop_tokens, self._leading = {}, tokens.leading_ids(tokenizer)
 
     @classmethod
     def from_spec(cls, spec, *, batch_tokens=None, **load):
@@ -338,6 +338,4 @@ class Sampler:
         return self._stop_tokens[stop]
 
     def _decode(self, rows):
-        return self.tokenizer.batch_decode(
-            rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return tokens.decode(rows, self.tokenizer, self._leading)

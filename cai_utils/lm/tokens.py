@@ -1,83 +1,151 @@
-"""From conversations and texts to token ids: the one way for sampling, choices, SFT, PMs and PPO.
+"""Between conversations, texts and token ids: the one way for sampling, choices, SFT, PMs and PPO.
 
-`text_ids` decides whether a tokenizer adds its special tokens to a text, and every other function
-here and in the package goes through it, so that a model is trained on the ids that it is sampled
-with.
+`text_ids` decides which special tokens stand before a text, and every other function here and in
+the package goes through it, so that a model is trained on the ids that it is sampled with.
 """
 
 from __future__ import annotations
 
 import math
+from os.path import commonprefix
 
 import numpy as np
 import torch
 
 from cai_utils import dialogue
+from cai_utils.lm.completion import render_all
+
+
+def special_ids(tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and behind every text: a bos, an eos, others."""
+    bare = []
+    # A text that shows where it stands: it has tokens, and none of them is special itself.
+    for text in (text for texts in (lambda: "a1.", tokenizer.get_vocab) for text in texts()):
+        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if bare and not set(bare) & set(tokenizer.all_special_ids):
+            break
+    full = tokenizer(text)["input_ids"]
+    places = range(len(full) - len(bare) + 1)
+    at = next((i for i in places if full[i : i + len(bare)] == bare), 0)
+    return list(full[:at]), list(full[at + len(bare) :])
 
 
 def adds_special_tokens(text, tokenizer) -> bool:
-    """Whether the tokenizer may add its special tokens to a text: not where the chat template has
-    written the bos already."""
-    bos = tokenizer.bos_token
-    return not (bos and text.startswith(bos))
+    """Whether the tokenizer may add its special tokens to a text: not to one that a chat template
+    wrote (`dialogue.Rendered`), and not to one that begins with them already."""
+    before = special_ids(tokenizer)[0]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return not (isinstance(text, dialogue.Rendered) or (before and ids[: len(before)] == before))
 
 
 def closes_texts(tokenizer) -> bool:
     """Whether the tokenizer adds an eos at the end of every text."""
-    # Where bos and eos are one token (OPT), only the text that is not empty shows which it is.
-    return all(tokenizer(text)["input_ids"][-1:] == [tokenizer.eos_token_id] for text in ("", "a"))
+    return special_ids(tokenizer)[1][-1:] == [tokenizer.eos_token_id]
 
 
 def text_ids(texts, tokenizer) -> list[list[int]]:
     """N texts -> N lists of ids, from the first token that a model reads.
 
-    Special tokens are those that the tokenizer adds before a text (bos where it adds one), text by
-    text, and never a second bos. An eos that it puts behind every text is taken off: what follows
-    belongs to the text.
+    What a chat template wrote (`dialogue.Rendered`) gets no special tokens: the ids are those of
+    `apply_chat_template(tokenize=True)`. Any other text gets those that the tokenizer puts before
+    texts, unless it begins with them already. None are put behind a text: what follows, a response
+    or a choice, belongs to it.
     """
-    rows = [None] * len(texts)
-    for special in (True, False):
-        chosen = [i for i, t in enumerate(texts) if adds_special_tokens(t, tokenizer) == special]
-        if not chosen:
-            continue
-        found = tokenizer([texts[i] for i in chosen], add_special_tokens=special)["input_ids"]
-        end = -1 if special and closes_texts(tokenizer) else None
-        for i, ids in zip(chosen, found, strict=True):
-            rows[i] = list(ids[:end])
-    return rows
+    if not texts:
+        return []
+    before = special_ids(tokenizer)[0]
+    found = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [list(ids) if isinstance(text, dialogue.Rendered) or ids[: len(before)] == before
+            else before + list(ids) for text, ids in zip(texts, found, strict=True)]
 
 
 def continuation_ids(texts, prompts, continuations, tokenizer) -> list[list[int]]:
-    """The ids of what follows each of N texts, whose ids are `prompts`.
+    """The ids of what follows each of N texts, whose ids are `prompts`; those stay as they are,
+    since a sampler continues from exactly the tokens of the text.
 
     They are those after the text's in the tokenisation of both together; where that merges tokens
-    across the boundary, those of the continuation alone, since a sampler continues from exactly the
-    tokens of the text.
+    across the boundary, others that spell the same. ValueError for a continuation that has none.
     """
     out = []
     joint = text_ids([t + c for t, c in zip(texts, continuations, strict=True)], tokenizer)
-    for prompt, continuation, ids in zip(prompts, continuations, joint, strict=True):
-        if ids[: len(prompt)] == prompt:
-            out.append(ids[len(prompt) :])
-        else:
-            out.append(list(tokenizer(continuation, add_special_tokens=False)["input_ids"]))
+    for text, prompt, end, ids in zip(texts, prompts, continuations, joint, strict=True):
+        found = ids[len(prompt) :]
+        # A word that the vocabulary does not know may take in all that follows.
+        if ids[: len(prompt)] != prompt or (not found and end.strip()):
+            found = _spelled(prompt, end, ids, tokenizer)
+        if found is None:
+            raise ValueError(
+                f"behind {text[-24:]!r} this vocabulary has no tokens that spell {end[:24]!r}: "
+                "take the space at the end of the text off, and begin what follows with it")
+        out.append(found)
     return out
 
 
+def _spelled(prompt, continuation, joint, tokenizer):
+    """Ids that behind those of `prompt` read as the continuation, or as it does in `joint`, the
+    tokenisation of both together.
+
+    SentencePiece puts a space before a text of its own, so that the continuation alone may say more
+    than it stands for; behind a character that it does not merge with it has none. Where nothing
+    reads the same (a decoder that writes other spaces): the ids of the continuation alone. None
+    where those hold an unknown token, and the tokenisation of both together none.
+    """
+    def ids_of(text):
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def read(ids):
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    whole, alone = read(joint), ids_of(continuation)
+    tried = [alone]
+    for lead in "\n.a0":
+        head, ids = ids_of(lead), ids_of(lead + continuation)
+        if ids[: len(head)] == head:
+            tried.append(ids[len(head) :])
+    right = (whole, read(prompt) + continuation)
+    exact = next((ids for ids in tried if ids and read(prompt + ids) in right), None)
+    lost = tokenizer.unk_token_id in alone and whole.endswith(continuation)
+    return alone if exact is None and not lost else exact
+
+
+def leading_ids(tokenizer) -> list[int]:
+    """Ids to put before those of a continuation for decoding it, where the decoder writes the first
+    token of a text in another way (SentencePiece: without its space); else []."""
+    head, both = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("a", "a a"))
+    head, tail = list(head), list(both[len(head) :])
+    if both[: len(head)] != head:
+        return []
+    first, second, whole = decode([head, tail, head + tail], tokenizer)
+    return [] if first + second == whole else head
+
+
+def decode(rows, tokenizer, leading=()) -> list[str]:
+    """N lists of ids -> their texts without special tokens, as they read behind other text where
+    `leading` is `leading_ids(tokenizer)`."""
+    leading = list(leading)
+    texts = tokenizer.batch_decode([leading + list(row) for row in [[], *rows]],
+                                   skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [text.removeprefix(texts[0]) for text in texts[1:]]
+
+
 def without_bos(text, tokenizer) -> str:
-    """A text for an engine that adds special tokens itself, such as a server: a bos that the chat
-    template wrote is taken off where the tokenizer adds one."""
-    bos = getattr(tokenizer, "bos_token", None)
-    if bos and text.startswith(bos) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        return text[len(bos) :]
-    return text
+    """A text for an engine that adds special tokens itself, such as a server: those that the
+    tokenizer adds are taken off where the text begins with them.
+
+    A text cannot tell such an engine to add none: where `adds_special_tokens` is false and nothing
+    is taken off here, only ids (`text_ids`) or a setting of the engine say what is meant.
+    """
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):  # not known here
+        return text
+    start = "".join(tokenizer.convert_ids_to_tokens(special_ids(tokenizer)[0]))
+    return text[len(start) :] if text.startswith(start) else text
 
 
 def prompt_ids_of(prompts, tokenizer, model, max_new_tokens):
-    """Prompts (messages) -> token ids, as the sampler makes them; ValueError names one that with
-    `max_new_tokens` more exceeds the positions of `model`."""
+    """Prompts (messages) -> token ids, as the sampler makes them; ValueError names one that the
+    chat template refuses, or that with `max_new_tokens` more exceeds the positions of `model`."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    out = text_ids([dialogue.render(prompt, tokenizer) for prompt in prompts], tokenizer)
+    out = text_ids(render_all(prompts, tokenizer, "prompt"), tokenizer)
     for i, ids in enumerate(out):
         if positions and len(ids) + max_new_tokens > positions:
             raise ValueError(f"prompt {i} has {len(ids)} tokens; with max_new_tokens="
@@ -86,29 +154,46 @@ def prompt_ids_of(prompts, tokenizer, model, max_new_tokens):
     return out
 
 
-def encode(conversations, tokenizer):
+def encode(conversations, tokenizer, rows=None):
     """Conversations that end in an assistant turn -> [(prompt ids, response ids)], one per row.
 
-    Prompt ids are those of `render(messages[:-1])`; response ids are the last turn as the chat
-    template renders it, and one eos (`continuation_ids`).
+    Prompt ids are those of `render(messages[:-1])`, the very ids that are sampled from; response
+    ids are the last turn as the chat template renders it, and one eos (`continuation_ids`).
+    ValueError names a conversation that cannot be rendered, by its number in `rows` if given.
     """
     texts, responses = [], []
     eos = tokenizer.eos_token
-    for messages in conversations:
-        prompt = dialogue.render(messages[:-1], tokenizer, add_generation_prompt=True)
-        whole = dialogue.render(messages, tokenizer, add_generation_prompt=False)
-        if whole.startswith(prompt):
-            response = whole[len(prompt) :]
-        else:  # a template that rewrites earlier turns: the response follows the prompt as sampled
-            gap = " " if dialogue.uses_transcript(tokenizer) else ""
-            response = gap + messages[-1]["content"]
-        response = response.rstrip()
+    for i, messages in enumerate(conversations):
+        try:
+            prompt, response = _halves(messages, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"row {rows[i] if rows else i}: {error}") from None
         texts.append(prompt)
         responses.append(response.removesuffix(eos) if eos else response)
     prompts = text_ids(texts, tokenizer)
     found = continuation_ids(texts, prompts, responses, tokenizer)
     return [(prompt, ids + [tokenizer.eos_token_id])
             for prompt, ids in zip(prompts, found, strict=True)]
+
+
+def _halves(messages, tokenizer):
+    """A conversation -> (the text of its prompt, the text of its last turn behind that)."""
+    prompt = dialogue.render(messages[:-1], tokenizer, add_generation_prompt=True)
+    whole = dialogue.render(messages, tokenizer, add_generation_prompt=False)
+    if whole.startswith(prompt):
+        return prompt, whole[len(prompt) :].rstrip()
+    # A template that writes more into the prompt of a response than into a finished one (an empty
+    # <think> block), or rewrites earlier turns: what it puts around a response is read off another
+    # one, since it may rewrite this one too.
+    other = dialogue.with_response(messages[:-1], "OTHER")
+    start, _, end = dialogue.render(other, tokenizer, False).rpartition("OTHER")
+    spaces = start[len(start.rstrip()) :]
+    gaps = [spaces[len(spaces) - n :] for n in range(len(spaces) + 1)]
+
+    def shared(gap):  # the prompt ends as `start` does without the gap
+        return len(commonprefix([start.removesuffix(gap)[::-1], prompt[::-1]]))
+
+    return prompt, (max(gaps, key=shared) + messages[-1]["content"] + end).rstrip()
 
 
 def shorten_prompt(prompt, response, max_length, bos_id=None):

@@ -15,7 +15,7 @@ from transformers import (
     T5Config,
 )
 
-from cai_utils import sft
+from cai_utils import preference, sft
 from cai_utils.lm import models, training
 from cai_utils.lm.sampling import Sampler
 from cai_utils.rl.config import PPOConfig
@@ -67,6 +67,27 @@ def test_bf16_weights_become_the_dtype_asked_for(tmp_path):
 def test_a_pad_token_without_any_special_token(tmp_path):
     save(tmp_path / "m")
     assert models.load(tmp_path / "m")[1].pad_token == "<u>"
+
+
+def test_a_pad_token_without_an_embedding_is_not_used(tmp_path):
+    # added to the tokenizer, as many recipes do, and to no embedding
+    save(tmp_path / "m", eos_token="<e>", bos_token="<u>", pad_token="<pad>")
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "m").pad_token_id == 4
+    model, tokenizer = models.load(tmp_path / "m")
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 1
+    scorer, tokenizer = models.load(tmp_path / "m", head="score")
+    tokenizer.pad_token = "<pad>"
+    assert models.pad_apart_from_eos(scorer, tokenizer) == 0
+    # rows of different lengths are padded in training; what is saved can be loaded
+    ask, say = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b a b"}]
+    rows = [{"messages": ask + say}, {"messages": ask + [{**say[0], "content": "b"}]}]
+    sft.finetune(tmp_path / "m", rows, tmp_path / "lm", batch_size=2)
+    pair = {"prompt": ask, "chosen": say, "rejected": rows[1]["messages"][1:], "p_chosen": 1.0,
+            "source": "ai", "axis": "harmless", "principle": None}
+    preference.train(tmp_path / "lm", [pair] * 2, tmp_path / "pm", batch_size=2)
+    scores = preference.Scorer(tmp_path / "pm").score([ask + say, rows[1]["messages"]])
+    alone = preference.Scorer(tmp_path / "pm").score([rows[1]["messages"]])
+    assert scores[1] == pytest.approx(alone[0], abs=1e-5)
 
 
 def test_a_score_head_sits_on_the_same_body(folder):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models
@@ -354,6 +355,57 @@ def test_rows_cut_at_the_context_do_not_stop_the_others():
         assert completion.token_ids == reference(model, prompt, 30)
 
 
+@pytest.mark.parametrize("kind", ["legacy", "first", "always"])
+def test_sentencepiece_choices_are_scored_as_they_are_spelled(kind):
+    tokenizer = tiny.sentencepiece(kind)
+    model = tiny.llama(vocab_size=len(tokenizer), sharp=40.0)
+    of = tokenizer.convert_tokens_to_ids
+    for text, first in (("Answer is: ", "("), ("Answer is:", "\u2581("), ("Answer is:\n", "(")):
+        prompt = tokenizer(text)["input_ids"]
+        lead = " " if text.endswith(":") else ""
+        got = Sampler(model, tokenizer).choice_logprobs([text], [f"{lead}(A)", f"{lead}(B)"])
+        sequences = [of([first, letter, ")"]) for letter in "AB"]
+        want = plain_choice_logprobs(model, prompt, sequences)
+        np.testing.assert_allclose(got[0], want, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["legacy", "first", "always"])
+def test_a_stop_string_that_begins_with_a_space_is_seen_as_the_first_token(kind):
+    tokenizer = tiny.sentencepiece(kind)
+    model = tiny.llama(vocab_size=len(tokenizer))
+    of = tokenizer.convert_tokens_to_ids
+    says = of(["\u2581N", "o", "\u2581H", "i"])
+    steps = iter(says * 2)
+
+    def speak(module, args, output):
+        output.logits[:] = -100.0
+        output.logits[..., next(steps)] = 100.0
+
+    model.register_forward_hook(speak)
+    ((stopped,),) = Sampler(model, tokenizer).generate(["Now:"], temperature=0, stop=[" N"])
+    assert (stopped.text, stopped.finish_reason, stopped.token_ids) == ("", "stop", says[:1])
+    steps = iter(says)
+    ((whole,),) = Sampler(model, tokenizer).generate(["Now:"], temperature=0, max_new_tokens=4)
+    assert whole.text == " No Hi"  # what the model wrote, its first space included
+    steps = iter(says)
+    ((cut,),) = Sampler(model, tokenizer).generate(["Now:"], temperature=0, stop=[" H", "zz"])
+    assert (cut.text, cut.token_ids) == (" No", says[:3])
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 1e-31, 1e-20])
+def test_a_tiny_temperature_is_the_limit_of_small_ones(temperature):
+    logits = torch.tensor([[80.0, 79.9, -1e4, float("-inf")], [-5.0, -5.0, -6.0, -7.0]])
+    for top_p in (1.0, 0.9):
+        token, logprob = _pick(logits, temperature, top_p, torch.tensor([0.7, 0.7]))
+        assert token.tolist() == [0, 1]
+        np.testing.assert_allclose(logprob, [0.0, np.log(0.5)], atol=1e-6)
+    model = make_model("llama")
+    sampler = Sampler(model, TOKENIZER)
+    cold = sampler.generate(PROMPTS, temperature=temperature, max_new_tokens=8)
+    greedy = sampler.generate(PROMPTS, temperature=0, max_new_tokens=8)
+    assert [c.token_ids for (c,) in cold] == [c.token_ids for (c,) in greedy]
+
+
 def test_conversations_are_rendered_and_a_leading_bos_is_not_doubled(llama):
     sampler = Sampler(llama, TOKENIZER)
     talk = [{"role": "user", "content": "abc"}]
@@ -391,6 +443,7 @@ def test_a_model_in_training_is_sampled_in_eval_mode_and_left_as_it_was():
         (["a"], {"stop": "</s>\n"}, "'</s>' in it is a special token"),
         (["a", []], {}, "input 1: "),
         (["a"], {"temperature": -1}, "temperature"),
+        (["a"], {"temperature": float("nan")}, "temperature=nan"),
         (["a"], {"top_p": 0}, "top_p"),
         (["a"], {"n": 0}, "n=0"),
         ("a", {}, "a list"),

@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import tiny
+from tokenizers import processors
 
 from cai_utils.experiment import fingerprint
 from cai_utils.lm import models
 from scripts import cards
+
+CHATML = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
 
 
 def test_a_table_is_shown_with_the_commit_that_made_it_and_no_other(tmp_path):
@@ -64,29 +68,25 @@ def test_paths_become_what_they_mean_elsewhere(tmp_path):
     }
 
 
-class Tokenizer:
-    bos_token, eos_token_id, chat_template = "<s>", 2, "x"
-
-    def __init__(self, start, closes=False):
-        self.start, self.closes = start, closes
-
-    def __call__(self, text):
-        return {"input_ids": [1, *[2] * self.closes]}
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        return self.start + messages[0]["content"]
-
-
-def test_how_scores_are_read_depends_on_the_model():
-    text = cards.use_scores({"score_mean": -0.25}, Tokenizer("<s>"), "preference")
-    assert "add_special_tokens=False" in text and "(-0.25)" in text and "preferred" in text
-    assert "removesuffix(eos) + eos\n" in text
-    text = cards.use_scores({}, Tokenizer("", closes=True))  # it writes the eos itself
-    assert "removesuffix(eos)\n" in text and "add_special_tokens" not in text
-    text = cards.use_scores({}, Tokenizer("<s>", closes=True))  # but not if it may add nothing
-    assert "removesuffix(eos) + eos\n" in text and "add_special_tokens=False" in text
-    text = cards.use_scores({"score_mean": 2}, Tokenizer(""), "absolute")
-    assert "add_special_tokens" not in text and "harmfulness" in text and "preferred" not in text
+@pytest.mark.parametrize("template, single, adds, closes", [
+    (None, "<s> $A", True, False),
+    (None, "<s> $A </s>", True, True),  # it writes the eos itself
+    (CHATML, "<s> $A </s>", False, False),  # but not if it may add nothing
+    # A chat template's text gets nothing more, also where it writes no bos.
+    ("{% for m in messages %}[{{ m.content }}]{% endfor %}", "<s> $A", False, False),
+])
+def test_how_scores_are_read_depends_on_the_model(template, single, adds, closes):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    text = cards.use_scores({"score_mean": -0.25}, tokenizer, "preference")
+    assert ("add_special_tokens=False" not in text) == adds
+    assert ("removesuffix(eos)\n" in text) == closes
+    assert ("removesuffix(eos) + eos\n" not in text) == closes
+    assert "(-0.25)" in text and "preferred" in text
+    text = cards.use_scores({"score_mean": 2}, tokenizer, "absolute")
+    assert "harmfulness" in text and "preferred" not in text
 
 
 def test_limits_follow_from_the_record():
