@@ -236,7 +236,8 @@ def _served_parameters(spec):
     url, model, options = split_spec(spec)
     named = options.get("parameters")
     if named is not None:
-        if not re.fullmatch(r"\d+(\.\d+)?(e\d+)?", named.lower()) or not float(named) >= 1:
+        form = re.fullmatch(r"\d+(\.\d+)?(e\d+)?", named.lower())
+        if form is None or not 1 <= float(named) < 1e16:
             raise ValueError(f"{spec}: parameters={named} is not a number of parameters, as 1.3e9")
         return int(float(named))
     why = ""

@@ -225,8 +225,8 @@ class Server:
             body = {"prompt": prompt, "max_tokens": 1, "temperature": 0}
             try:
                 answer = self.endpoint.post("completions", body, threading.Event(), tries)
-            except (ValueError, ConnectionError):
-                if prompt is _PROBE:
+            except (ValueError, ConnectionError) as error:
+                if prompt is _PROBE and isinstance(error, ConnectionError):
                     raise
                 return False
             usage = answer.get("usage")
