@@ -8,7 +8,6 @@ promise (LOG.md, 2026-11-27, has what else keeps this module from being that cli
 from __future__ import annotations
 
 import email.utils
-import json
 import os
 import random
 import time
@@ -18,8 +17,7 @@ import httpx
 
 KEY = "CAI_API_KEY"
 _MOST_WAIT = 60.0  # seconds between two tries; a server's Retry-After may ask for ten times that
-_NO_COMPLETION = (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError,
-                  UnicodeDecodeError)  # fmt: skip
+_NO_COMPLETION = (LookupError, TypeError, AttributeError)
 
 
 class Endpoint:
@@ -70,7 +68,8 @@ class Endpoint:
                     )
                 else:
                     why = "an answer that is no completion"
-                    answer = response.json()
+                    answer = _json(response)
+                    answer["choices"].sort(key=lambda choice: choice.get("index") or 0)
                     choice = answer["choices"][0]
                     reply = choice["message"] if "chat" in path else choice["text"]
                     if isinstance(reply, dict if "chat" in path else str):
@@ -83,6 +82,16 @@ class Endpoint:
             f"{self.url} failed {tries} times on one request, at last with {_hidden(why)}; "
             "what is finished is kept: look at the server, then run this again"
         )
+
+    def root(self):
+        """What the server says that it loaded for this model (vLLM: a folder or a hub id), or None.
+        ConnectionError where no server answers."""
+        self._reach()
+        found = _json(self._client.get(f"{self.url}/models", headers=_headers()))
+        for entry in found.get("data") or () if isinstance(found, dict) else ():
+            if isinstance(entry, dict) and entry.get("id") == self.model:
+                return entry.get("root")
+        return None
 
     def _reach(self):
         """Checks once, and quickly, that there is a server at all."""
@@ -102,6 +111,30 @@ class Endpoint:
                 f"no server answers at {self.url} ({_hidden(why)}); start it, or correct the "
                 f"address in server:{self.url}#{self.model}"
             )
+
+
+def split_spec(spec):
+    """`server:URL#model;NAME=VALUE...` -> (url, model, {name: value}), where the names are
+    `tokenizer` (a spec) and `parameters` (a number).
+
+    ValueError for another form, and for a URL that holds a key.
+    """
+    url, _, rest = str(spec).removeprefix("server:").partition("#")
+    model, *more = rest.split(";")
+    options = dict(part.partition("=")[::2] for part in more)
+    try:
+        check_url(url)
+    except ValueError as error:
+        if "keys" in str(error):
+            raise
+        model = ""
+    if not model or not options.keys() <= {"tokenizer", "parameters"}:
+        raise ValueError(
+            f"{spec}: a server is given as server:http://host:port/v1#model, where model is "
+            "the name under which it serves, with ;tokenizer=SPEC or ;parameters=NUMBER behind it "
+            "where they are needed"
+        )
+    return url, model, options
 
 
 def check_url(url):
@@ -140,13 +173,21 @@ def _hidden(text):
     return text.replace(_key(), "***") if _key() else text
 
 
+def _json(response):
+    """What an answer holds; None where it is not JSON, or too deep or too large to be read."""
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        return None
+
+
 def _message(response):
     """A server's error message, in one line."""
-    try:
-        text = response.json()
+    text = _json(response)
+    if isinstance(text, dict):
         text = text.get("error", text.get("detail", text.get("message", text)))
         text = text.get("message", text) if isinstance(text, dict) else text
-    except (ValueError, AttributeError):
+    else:
         text = response.text
     return _hidden(" ".join(str(text).split()))[:300]
 

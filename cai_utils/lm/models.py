@@ -58,7 +58,7 @@ def resolve(spec, runs_dir=None):
     """
     spec = str(spec)
     if spec.startswith("server:"):
-        return spec
+        return re.sub(";parameters=[^;]*", "", spec)  # it makes no other model of it
     if spec.startswith("miniature/"):
         return _resolve_miniature(spec, runs_dir)
     if spec.startswith("gguf:"):
@@ -226,7 +226,14 @@ def load_tokenizer(spec, runs_dir=None):
 
 
 def parameters(spec, runs_dir=None) -> int:
-    """Number of parameters of a causal LM without its embeddings, read from its config alone."""
+    """Number of parameters of a causal LM without its embeddings, read from its config alone.
+
+    Of a served model: what its spec says (`server:URL#model;parameters=NUMBER`), else from the
+    config of the folder or hub id that is its name or that the server says it loaded. ValueError
+    where nothing of this tells.
+    """
+    if str(spec).startswith("server:"):
+        return _served_parameters(spec)
     where, options = source(spec, runs_dir)
     config = AutoConfig.from_pretrained(where, **options)
     with torch.device("meta"):
@@ -234,6 +241,29 @@ def parameters(spec, runs_dir=None) -> int:
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     outside = {id(p) for table in tables if table is not None for p in table.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in outside)
+
+
+def _served_parameters(spec):
+    from cai_utils.lm.endpoint import Endpoint, split_spec
+
+    url, model, options = split_spec(spec)
+    named = options.get("parameters")
+    if named is not None:
+        form = re.fullmatch(r"\d+(\.\d+)?(e\d+)?", named.lower())
+        if form is None or not 1 <= float(named) < 1e16:
+            raise ValueError(f"{spec}: parameters={named} is not a number of parameters, as 1.3e9")
+        return int(float(named))
+    why = ""
+    for find in (lambda: model, Endpoint(url, model).root):
+        try:
+            name = find() or ""
+            if "/" in name:  # a folder or a hub id, not a name that somebody gave it
+                return parameters(name)
+        except (OSError, ValueError) as error:
+            why = f" ({str(error).splitlines()[0]})"
+    raise ValueError(
+        f"{spec}: figures by size need the number of the model's parameters, which the server does "
+        f"not tell{why}; add it to the spec, without the embeddings: ;parameters=1.3e9")
 
 
 def is_small(model):

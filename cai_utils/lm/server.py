@@ -2,8 +2,9 @@
 
 `server:http://host:port/v1#model` is a model spec like others. Every completion is a request of
 its own, with a seed derived from (seed, input, sample): answers may come in any order, and a failed
-request is repeated without duplicates. `endpoint.py` sends the requests; the key is read from the
-environment alone.
+request is repeated without duplicates. Where the model's tokenizer is known and the server takes
+token ids, prompts go as the ids that a local model would read. `endpoint.py` sends the requests,
+`replies.py` reads the answers; the key is read from the environment alone.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from itertools import accumulate
 
 import numpy as np
 
-from cai_utils.dialogue import render, uses_transcript
+from cai_utils.dialogue import uses_transcript
 from cai_utils.experiment import journal
-from cai_utils.lm import models
+from cai_utils.lm import models, replies
 from cai_utils.lm.completion import (
     Completion,
     check_choices,
@@ -26,20 +26,25 @@ from cai_utils.lm.completion import (
     check_texts,
     render_all,
 )
-from cai_utils.lm.endpoint import Endpoint, check_url
-from cai_utils.lm.tokens import without_bos
+from cai_utils.lm.endpoint import Endpoint, split_spec
+from cai_utils.lm.tokens import continuation_ids, text_ids, without_bos
 from cai_utils.seeds import stable_int
 
-_TAIL = 24  # characters of a text by which its end is found among a server's tokens
+# What turns off filters of the distribution that a server applies by itself: vLLM those of a
+# model's generation_config.json, llama.cpp top_k 40 and min_p 0.05.
+UNFILTERED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# Other vocabularies need other counts of tokens for it.
+_PROBE = "Antidisestablishmentarianism: 31,415 naïve cafés?\n\n  (A) Zwölf; def f(x):\n\treturn"
 
 
 class Server:
     """One model on one server, with the `generate` and `choice_logprobs` of a `Sampler`.
 
-    tokenizer: the model's own. With it a conversation is rendered here and sent as text, as for a
-    local model. Without one the server renders it if it has a chat template, else it is the paper's
-    transcript; an assistant turn with a given beginning, as in `feedback`, needs a tokenizer for
-    chat models. concurrency: requests sent at once. options: of `endpoint.Endpoint`.
+    tokenizer: the model's own. With it a conversation is rendered here, as for a local model, and
+    sent as token ids, or as text where the server takes none. Without one the server renders it if
+    it has a chat template, else it is the paper's transcript; an assistant turn with a given
+    beginning, as in `feedback`, needs a tokenizer for chat models. concurrency: requests sent at
+    once. options: of `endpoint.Endpoint`.
     """
 
     context = None  # known to the server alone
@@ -49,26 +54,16 @@ class Server:
         self.endpoint = Endpoint(self.url, model, connections=concurrency, **options)
         self.tokenizer = tokenizer if tokenizer is not None else _Unknown(self.endpoint)
         self.source = ["server", self.url, model]
-        self._scoring, self._gives_logprobs, self._takes_stop = None, True, None
+        self._scoring, self._takes_ids, self._takes_stop = None, None, None
+        self._refused = set()  # parameters that the server does not know
 
     @classmethod
     def from_spec(cls, spec, **options):
         """`server:URL#model`, with `;tokenizer=SPEC` behind it where conversations are to be
         rendered here (SPEC as in `models.resolve`; taken by itself where the model's name is a
-        local folder). ValueError for another form, and for a URL that holds a key."""
-        url, _, rest = str(spec).removeprefix("server:").partition("#")
-        model, _, named = rest.partition(";tokenizer=")
-        try:
-            check_url(url)
-        except ValueError as error:
-            if "keys" in str(error):
-                raise
-            model = ""
-        if not model:
-            raise ValueError(
-                f"{spec}: a server is given as server:http://host:port/v1#model, where model is "
-                "the name under which it serves"
-            )
+        local folder). Errors as in `endpoint.split_spec`."""
+        url, model, more = split_spec(spec)
+        named = more.get("tokenizer")
         if not named and os.path.isfile(os.path.join(model, "tokenizer_config.json")):
             named = model
         tokenizer = models.load_tokenizer(named) if named else None
@@ -84,7 +79,8 @@ class Server:
         """As `Sampler.generate`, except: `token_ids` are empty, since servers return text;
         `logprobs` are the server's, empty where it returns none; "eos" and "stop" are
         distinguished as far as the server does. The same seed gives the same text if the server
-        honours seeds.
+        honours seeds. Filters of the distribution that the server applies by itself are turned off
+        (`UNFILTERED`), where it knows them.
 
         ValueError for what the server refuses (a prompt beyond its context, an unknown model),
         naming the input; ConnectionError for a server that is down or keeps failing.
@@ -94,7 +90,7 @@ class Server:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in stop:
             raise ValueError("stop string '': it would end every completion at once")
-        asked = self._rendered(inputs)
+        asked = self._asked(inputs)
         jobs = [(r, s) for r in range(len(asked)) for s in range(n)]
         out = [[None] * n for _ in asked]
         settings = [temperature, top_p, max_new_tokens, list(stop), seed]
@@ -122,10 +118,10 @@ class Server:
 
     def choice_logprobs(self, texts, choices, progress=None):
         """As `Sampler.choice_logprobs`, from the log-probabilities that the server returns for
-        a prompt's tokens (`echo` with `logprobs`, or `prompt_logprobs`).
+        a prompt's tokens (`prompt_logprobs`, or `echo` with `logprobs`).
 
-        ValueError also for a server that returns none, and where its vocabulary merges the end of
-        a text with the choice.
+        ValueError also for a server that returns none, for numbers that are none, and, where only
+        the server can make tokens, for a vocabulary that merges the end of a text with the choice.
         """
         check_inputs(texts)
         texts = render_all(texts, self.tokenizer)
@@ -144,8 +140,9 @@ class Server:
         )
 
         def score(i, halt):
-            found = [self._score(texts[i], choice, halt) for choice in choices[i]]
-            for a, (first, _) in enumerate(found):
+            found = self._scored(texts[i], choices[i], halt)
+            for a, (first, logprobs) in enumerate(found):
+                replies.check_logprobs(logprobs, choices[i][a])
                 for b, (second, _) in enumerate(found):
                     if a != b and second[: len(first)] == first:
                         raise ValueError(
@@ -157,9 +154,7 @@ class Server:
             return (row - np.logaddexp.reduce(row)).tolist()
 
         if left and self._scoring is None:
-            # Characters that are several tokens cannot be found again in a server's answer.
-            probe = texts[left[0]][-200:] + choices[left[0]][0]
-            self._scoring = self._way_to_score(probe if probe.isascii() else "1 or 2? (2)")
+            self._scoring = self._way_to_score()
         names = {i: f"text {i}" for i in left}
         self._work(left, score, keep, names, "question", len(texts), progress)
         return out
@@ -200,23 +195,67 @@ class Server:
             halt.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _rendered(self, inputs):
-        """Texts, or messages where the server is to render them."""
-        here = not isinstance(self.tokenizer, _Unknown)
-        asked = [
-            item if not isinstance(item, str) and not here and not uses_transcript(self.tokenizer)
-            else render(item, self.tokenizer) for item in inputs
-        ]  # fmt: skip
-        check_texts(asked)
-        return [without_bos(a, self.tokenizer) if isinstance(a, str) else a for a in asked]
+    def _asked(self, inputs):
+        """What is sent for each input: token ids, text, or messages where the server is to render
+        them."""
+        talks = [item for item in inputs if not isinstance(item, str)]
+        if talks and isinstance(self.tokenizer, _Unknown) and not uses_transcript(self.tokenizer):
+            check_texts(inputs)
+            return list(inputs)
+        texts = render_all(inputs, self.tokenizer)
+        check_texts(texts)
+        if not self._sends_ids():
+            return [self._as_text(text, f"input {r}: ") for r, text in enumerate(texts)]
+        asked = text_ids(texts, self.tokenizer)
+        for r, ids in enumerate(asked):
+            if not ids:
+                raise ValueError(f"input {r}, {texts[r]!r}, has no tokens in this vocabulary")
+        return asked
+
+    def _sends_ids(self):
+        """Whether prompts go as token ids: where the tokenizer is known, is the served model's, and
+        the server takes ids and adds none. Found out once."""
+        if self._takes_ids is None:
+            self._takes_ids = not isinstance(self.tokenizer, _Unknown) and self._try_ids()
+        return self._takes_ids
+
+    def _try_ids(self):
+        ids = list(self.tokenizer(_PROBE)["input_ids"])
+        for prompt, tries in ((_PROBE, None), (ids, 3)):
+            body = {"prompt": prompt, "max_tokens": 1, "temperature": 0}
+            try:
+                answer = self.endpoint.post("completions", body, threading.Event(), tries)
+            except (ValueError, ConnectionError) as error:
+                if prompt is _PROBE and isinstance(error, ConnectionError):
+                    raise
+                return False
+            usage = answer.get("usage")
+            if not isinstance(usage, dict) or usage.get("prompt_tokens") != len(ids):
+                return False
+        return True
+
+    def _as_text(self, text, name=""):
+        """A text as it is sent. ValueError where the server's tokenizer makes other tokens of it
+        than a local model reads."""
+        sent = without_bos(text, self.tokenizer)
+        if not isinstance(self.tokenizer, _Unknown):
+            ids = list(self.tokenizer(sent)["input_ids"])
+            if ids != text_ids([text], self.tokenizer)[0]:
+                raise ValueError(
+                    f"{name}{self.url} takes no token ids, and from text its tokenizer makes other "
+                    "special tokens than the model was trained with (around "
+                    f"{text[:24]!r}...{text[-24:]!r}); serve it with vLLM, or load it here"
+                )
+        return sent
 
     def _complete(self, asked, body, halt):
-        as_text = isinstance(asked, str)
+        as_text = isinstance(asked, str) or isinstance(asked[0], int)
         path = "completions" if as_text else "chat/completions"
-        body = {**body, ("prompt" if as_text else "messages"): asked}
+        body = {**body, **UNFILTERED, "logprobs": 1 if as_text else True,
+                ("prompt" if as_text else "messages"): asked}  # fmt: skip
         strings = body.get("stop", ())
-        if self._gives_logprobs:
-            body["logprobs"] = 1 if as_text else True
+        for name in self._refused:
+            del body[name]
         if strings and self._takes_stop is False:
             del body["stop"]
         answer = None
@@ -225,13 +264,16 @@ class Server:
             try:
                 answer = self.endpoint.post(path, body, halt, tries=2 if unsure else None)
             except (ValueError, ConnectionError) as error:
+                said = str(error)
+                unknown = [p for p in (*UNFILTERED, "logprobs") if p in body and p in said]
                 # Texts are cut here anyway, so stop strings that a server refuses are left out:
                 # some take four of them, `transformers serve` none with some tokenizers.
-                if unsure and ("stop" in str(error) or "HTTP 5" in str(error)):
+                if unsure and ("stop" in said or "HTTP 5" in said):
                     del body["stop"]
-                elif "logprobs" in body and "logprobs" in str(error):
-                    self._gives_logprobs = False
-                    del body["logprobs"]
+                elif unknown:
+                    self._refused = self._refused | set(unknown)  # other threads read it
+                    for name in unknown:
+                        del body[name]
                 elif unsure and isinstance(error, ConnectionError):
                     answer = self.endpoint.post(path, body, halt)
                 else:
@@ -239,74 +281,70 @@ class Server:
         # One request's finding holds for all, unless another was accepted with stop strings.
         if strings and self._takes_stop is None:
             self._takes_stop = "stop" in body
-        choice = answer["choices"][0]
-        text = choice["text"] if as_text else choice["message"].get("content") or ""
-        given = choice.get("logprobs") or {}
-        logprobs = given.get("token_logprobs") or [t["logprob"] for t in given.get("content") or ()]
-        reason = choice.get("finish_reason")
-        found = [at for s in strings if (at := text.find(s)) >= 0]  # some servers leave it in
-        named = [choice[k] for k in ("stop_reason", "matched_stop") if k in choice]
-        if found or any(isinstance(stop, str) for stop in named):
-            text, reason = text[: min(found, default=len(text))], "stop"
-        elif reason != "length":
-            reason = "stop" if strings and not named else "eos"
-        return Completion(text, [], list(logprobs or ()), reason)
+        text, logprobs, reason = replies.completion(answer["choices"][0], as_text, strings)
+        return Completion(text, [], logprobs, reason)
 
-    def _way_to_score(self, text):
+    def _way_to_score(self):
         """The parameter by which this server returns log-probabilities of a prompt, by trying."""
-        refused = ""
-        for way in ("echo", "prompt_logprobs"):
+        refused, probe = "", "1 or 2? (2)"
+        if self._sends_ids():
+            probe = text_ids([probe], self.tokenizer)[0]
+        for way in ("prompt_logprobs", "echo"):  # the first tells token ids
             try:
-                pieces, _ = self._tokens(text, threading.Event(), way)
+                # A server that ignores the parameter tells of one token at most, the sampled one.
+                if len(self._tokens(probe, threading.Event(), way).keys) > 1:
+                    return way
             except ValueError as error:
                 refused = f". It says: {error}"
-                continue
-            if text[-_TAIL:] in "".join(pieces):
-                return way
         raise ValueError(
             f"{self.url} returns no log-probabilities of a prompt's tokens for {self.model} "
             "(neither `echo` with `logprobs` nor `prompt_logprobs`), so choices cannot be scored "
             f"there; serve the model with vLLM or SGLang, or load it here{refused}"
         )
 
-    def _score(self, text, choice, halt):
-        """The tokens of a choice behind a text, and the log-probability of each."""
-        pieces, logprobs = self._tokens(text + choice, halt, self._scoring)
-        whole, end = "".join(pieces), text[-_TAIL:] + choice
-        at = whole.rfind(end) + len(end)
-        bounds = {length: k for k, length in enumerate(accumulate(map(len, pieces), initial=0))}
-        first, last = bounds.get(at - len(choice)), bounds.get(at)
-        if end not in whole or first is None or last is None or None in logprobs[first:last]:
-            raise ValueError(
-                f"the tokens of {self.model} do not end where the text {text[-_TAIL:]!r} does "
-                f"before the choice {choice!r}, so the server's numbers are not those of the "
-                "choice; begin it with a space or a mark, or load the model here"
-            )
-        return pieces[first:last], logprobs[first:last]
+    def _scored(self, text, choices, halt):
+        """For each choice behind a text: what tells its tokens apart, and the log-probability of
+        each."""
+        way = self._scoring
+        if self._sends_ids():
+            return self._scored_by_ids(text, choices, halt)
+        found = [self._tokens(self._as_text(text + c), halt, way) for c in choices]
+        spans = [replies.choice_span(t, text, c) for t, c in zip(found, choices, strict=True)]
+        if None in spans:  # letters do not tell where the choices begin
+            head = self._tokens(self._as_text(text), halt, way).keys
+            spans = [(len(head), len(t.keys)) if t.keys[: len(head)] == head else (0, 0)
+                     for t in found]
+        for choice, (first, last) in zip(choices, spans, strict=True):
+            if first == last:
+                raise ValueError(
+                    f"the tokens of {self.model} do not end where the text {text[-24:]!r} does "
+                    f"before the choice {choice!r}, so the server's numbers are not those of the "
+                    "choice; begin it with a space or a mark, name the model's tokenizer "
+                    "(;tokenizer=SPEC), or load the model here"
+                )
+        return [(replies.distinct(t, span, choice), t.logprobs[slice(*span)])
+                for t, span, choice in zip(found, spans, choices, strict=True)]
 
-    def _tokens(self, text, halt, way):
-        """A prompt's tokens as text, and their log-probabilities (the first's is None)."""
+    def _scored_by_ids(self, text, choices, halt):
+        ids, out = text_ids([text], self.tokenizer)[0], []
+        many = [text] * len(choices), [ids] * len(choices)
+        ends = continuation_ids(*many, choices, self.tokenizer)
+        for choice, end in zip(choices, ends, strict=True):
+            logprobs = self._tokens(ids + end, halt, self._scoring).logprobs
+            hidden = len(ids + end) - len(logprobs)  # some do not show the first token
+            if not end or hidden not in (0, 1):
+                raise ValueError(
+                    f"{self.url} tells of {len(logprobs)} tokens where {len(ids + end)} were sent, "
+                    f"{len(end)} of them for the choice {choice!r}; look at the server"
+                )
+            out.append((end, logprobs[len(ids) - hidden :]))
+        return out
+
+    def _tokens(self, prompt, halt, way):
+        """The `replies.Tokens` of a prompt."""
         ask = {"echo": True, "logprobs": 1} if way == "echo" else {"prompt_logprobs": 0}
-        prompt = without_bos(text, self.tokenizer)
         body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, **ask}
-        answer = self.endpoint.post("completions", body, halt)
-        choice = answer["choices"][0]
-        if way == "echo":
-            given = choice.get("logprobs") or {}
-            pieces, logprobs = given.get("tokens") or [], given.get("token_logprobs") or []
-            made = (answer.get("usage") or {}).get("completion_tokens", 0)
-            pieces, logprobs = pieces[: len(pieces) - made], logprobs[: len(pieces) - made]
-        else:
-            given = choice.get("prompt_logprobs") or answer.get("prompt_logprobs") or []
-            given = [next(iter((entry or {}).values()), {}) for entry in given]
-            pieces = [entry.get("decoded_token") or "" for entry in given]
-            logprobs = [entry.get("logprob") for entry in given]
-        marks = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n"})  # raw vocabularies
-        pieces = [piece.translate(marks) for piece in pieces]
-        rest = "".join(pieces[1:])
-        if pieces and not pieces[0] and text.endswith(rest):  # the first may have no text
-            pieces[0] = text[: len(text) - len(rest)]
-        return pieces, logprobs
+        return replies.prompt_tokens(self.endpoint.post("completions", body, halt), way)
 
 
 class _Unknown:

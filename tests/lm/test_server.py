@@ -50,7 +50,7 @@ class Fake:
                 pass
 
             def do_GET(self):
-                self.send(200, {"data": []})
+                self.send(200, fake.models())
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -117,6 +117,9 @@ class Fake:
             self.served.append(body)
         handler.send(200, value)
 
+    def models(self):
+        return {"data": []}
+
     def completion(self, path, body):
         if path == "/v1/chat/completions":
             text = f"chat: {[m['content'] for m in body['messages']]}"
@@ -125,7 +128,7 @@ class Fake:
         prompt = body["prompt"]
         if "echo" in body or "prompt_logprobs" in body:
             return self.scored(prompt, body)
-        text = f" {prompt[::-1]}|{body['seed']}|{body['temperature']}|END more"
+        text = f" {prompt[::-1]}|{body.get('seed')}|{body['temperature']}|END more"
         choice = {"text": text[: body["max_tokens"]], "finish_reason": "length"}
         if body["max_tokens"] >= len(text):
             choice |= {"finish_reason": "stop", "stop_reason": None}
@@ -134,7 +137,7 @@ class Fake:
         return {"choices": [choice]}
 
     def scored(self, prompt, body):
-        ids = TOKENIZER(prompt)["input_ids"]
+        ids = prompt if isinstance(prompt, list) else TOKENIZER(prompt)["input_ids"]
         with torch.no_grad():
             logprobs = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         told = [None] + [logprobs[k, i].item() for k, i in enumerate(ids[1:])]
@@ -142,7 +145,7 @@ class Fake:
         choice = {"text": "a", "finish_reason": "length"}
         if self.tells == "echo" and body.get("echo"):
             made = {"tokens": [*pieces, "a"], "token_logprobs": [*told, -3.0]}
-            choice |= {"text": prompt + "a", "logprobs": made}
+            choice |= {"text": f"{prompt}a", "logprobs": made}
         if self.tells == "prompt_logprobs" and "prompt_logprobs" in body:
             entries = zip(ids, pieces, told, strict=True)
             choice["prompt_logprobs"] = [
@@ -316,9 +319,12 @@ def test_conversations():
     with Fake(tells=None, chat=False) as fake:  # a base model: gets the transcript
         fast(fake.url).generate([talk])
         assert fake.asked[-1]["prompt"] == text
+    chat = tiny.tokenizer()
+    chat.chat_template = ("{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}"
+                          "{% endfor %}{{ '<assistant>' if add_generation_prompt }}")
     with Fake(tells=None) as fake:  # rendered here, where the tokenizer is known
-        fast(fake.url, tokenizer=tiny.Chat).generate([talk, "raw"])
-        assert {b["prompt"] for b in fake.asked} == {"<user>Hi<assistant>", "raw"}
+        fast(fake.url, tokenizer=chat).generate([talk, "raw"])
+        assert {b["prompt"] for b in fake.asked[1:]} == {"<user>Hi<assistant>", "raw"}
 
 
 def free_port():
