@@ -87,7 +87,10 @@ class Endpoint:
         """What the server says that it loaded for this model (vLLM: a folder or a hub id), or None.
         ConnectionError where no server answers."""
         self._reach()
-        found = _json(self._client.get(f"{self.url}/models", headers=_headers()))
+        try:
+            found = _json(self._client.get(f"{self.url}/models", headers=_headers()))
+        except httpx.HTTPError:
+            return None
         for entry in found.get("data") or () if isinstance(found, dict) else ():
             if isinstance(entry, dict) and entry.get("id") == self.model:
                 return entry.get("root")

@@ -254,7 +254,7 @@ def _served_parameters(spec):
             raise ValueError(f"{spec}: parameters={named} is not a number of parameters, as 1.3e9")
         return int(float(named))
     why = ""
-    for find in (lambda: model, Endpoint(url, model).root):
+    for find in (lambda: model, Endpoint(url, model, backoff=0.1).root):
         try:
             name = find() or ""
             if "/" in name:  # a folder or a hub id, not a name that somebody gave it
