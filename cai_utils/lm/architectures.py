@@ -107,10 +107,9 @@ def check_rows(config, lengths, lower):
     longest = max(lengths)
     if most is not None and longest > most:
         raise ValueError(f"a row of {longest} tokens exceeds the {most} up to which a "
-                         f"{config.model_type} reads each row by itself: set {lower} to "
-                         f"{most} or less")
+                         f"{config.model_type} reads each row by itself: lower {lower}")
     if switch is not None and min(lengths) <= switch < longest:
         raise ValueError(
             f"rows of {min(lengths)} to {longest} tokens: this {config.model_type} reads rows of "
             f"more than {switch} tokens with other position factors (LongRoPE), and a batch with "
-            f"both kinds would be misread: set {lower} to {switch} or less")
+            f"both kinds would be misread: lower {lower}, so that no row exceeds {switch}")
