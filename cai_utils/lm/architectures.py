@@ -69,8 +69,9 @@ def check_plain(model):
 def _rope(config, kind):
     """The rope parameters (a model may have several) of the type that has `kind` in its name."""
     found = getattr(config, "rope_parameters", None) or {}
-    found = [found] if "rope_type" in found else [r for r in found.values() if isinstance(r, dict)]
-    return [r for r in found if kind in (r.get("rope_type") or "")]
+    several = [found] if "rope_type" in found else found.values()
+    return [rope for rope in several
+            if isinstance(rope, dict) and kind in (rope.get("rope_type") or "")]
 
 
 def switch_of(config):

@@ -127,7 +127,8 @@ def folder(tmp_path):
 
 def test_training_on_rows_of_both_sides_is_refused_before_it_starts(folder, tmp_path):
     long = [TALK[0], {"role": "assistant", "content": "word " * 12}]
-    pair = [{"prompt": t[:1], "chosen": t[1:], "rejected": t[1:], "p_chosen": 0.9}
+    no = [{"role": "assistant", "content": "No"}]
+    pair = [{"prompt": t[:1], "chosen": t[1:], "rejected": no, "p_chosen": 0.9}
             for t in (TALK, long)]
     message = "60 tokens with other position factors .LongRoPE.*lower max_length.* exceeds 60"
     for call in (lambda: sft.finetune(folder, [{"messages": m} for m in (TALK, long)], tmp_path),

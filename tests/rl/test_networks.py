@@ -4,7 +4,13 @@ precision and however it was initialised, log-probabilities are those of a plain
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+)
 
 from cai_utils.rl import networks, packing
 
