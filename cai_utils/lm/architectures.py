@@ -62,8 +62,8 @@ def check_plain(model):
     elif "position_ids" not in accepted and config.model_type not in _BY_DISTANCE:
         why = "it takes no positions, so that padded rows would be misread"
     if why:
-        raise ValueError(f"a {model.config.model_type} cannot be sampled here: it is not a causal LM "
-                         f"with plain attention ({why}); {_INSTEAD}")
+        raise ValueError(f"a {model.config.model_type} cannot be sampled here: it is not a causal "
+                         f"LM with plain attention ({why}); {_INSTEAD}")
 
 
 def _rope(config, kind):
