@@ -62,15 +62,16 @@ def check_plain(model):
     elif "position_ids" not in accepted and config.model_type not in _BY_DISTANCE:
         why = "it takes no positions, so that padded rows would be misread"
     if why:
-        raise ValueError(f"a {model.config.model_type} cannot be sampled here: it is not a causal LM "
-                         f"with plain attention ({why}); {_INSTEAD}")
+        raise ValueError(f"a {model.config.model_type} cannot be sampled here: it is not a causal "
+                         f"LM with plain attention ({why}); {_INSTEAD}")
 
 
 def _rope(config, kind):
     """The rope parameters (a model may have several) of the type that has `kind` in its name."""
     found = getattr(config, "rope_parameters", None) or {}
-    found = [found] if "rope_type" in found else [r for r in found.values() if isinstance(r, dict)]
-    return [r for r in found if kind in (r.get("rope_type") or "")]
+    several = [found] if "rope_type" in found else found.values()
+    return [rope for rope in several
+            if isinstance(rope, dict) and kind in (rope.get("rope_type") or "")]
 
 
 def switch_of(config):
@@ -107,10 +108,9 @@ def check_rows(config, lengths, lower):
     longest = max(lengths)
     if most is not None and longest > most:
         raise ValueError(f"a row of {longest} tokens exceeds the {most} up to which a "
-                         f"{config.model_type} reads each row by itself: set {lower} to "
-                         f"{most} or less")
+                         f"{config.model_type} reads each row by itself: lower {lower}")
     if switch is not None and min(lengths) <= switch < longest:
         raise ValueError(
             f"rows of {min(lengths)} to {longest} tokens: this {config.model_type} reads rows of "
             f"more than {switch} tokens with other position factors (LongRoPE), and a batch with "
-            f"both kinds would be misread: set {lower} to {switch} or less")
+            f"both kinds would be misread: lower {lower}, so that no row exceeds {switch}")

@@ -3,6 +3,8 @@ saving."""
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import os
 import shutil
@@ -16,6 +18,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PrinterCallback
 from trl.trainer.reward_trainer import suppress_seqcls_warning
+from trl.trainer.utils import disable_dropout_in_model
 
 from cai_utils.experiment.files import write_json
 from cai_utils.lm import models
@@ -165,7 +168,8 @@ def lora_config(lora, task_type, **defaults):
         return None
     from peft import LoraConfig
 
-    given = {name: value for name, value in lora.items() if name != "quantize"}
+    # A copy, as peft adds to the lists.
+    given = copy.deepcopy({name: value for name, value in lora.items() if name != "quantize"})
     try:
         return LoraConfig(task_type=task_type, **{**defaults, **given})
     except TypeError as error:
@@ -173,34 +177,44 @@ def lora_config(lora, task_type, **defaults):
                          ) from error
 
 
+def keep_lora_dropout(model, args):
+    """Turn off the model's own dropout, where trl's `args` say so, before it gets an adapter: trl
+    would turn off the adapter's too, and `lora_dropout` would have no effect."""
+    if getattr(args, "disable_dropout", False):
+        disable_dropout_in_model(model)
+        args.disable_dropout = False
+
+
 def untie(model, peft_config):
     """Give a causal LM an output head of its own, and say so in its config, where an adapter
     learns that head or the token embeddings and both are one table.
 
     Such an adapter changes one of the two uses of the table; merged into the table it would change
-    both. Other models, and a `peft_config` of None, are left as they are.
+    both. Other models, and a `peft_config` of None, are left as they are. ValueError for adapters
+    on the table whose factors are tied too.
     """
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if peft_config is None or peft_config.ensure_weight_tying or head is None or (
-            head.weight is not table.weight):
-        return
-    if not _adapts(peft_config, [name for name, module in model.named_modules()
-                                 if module is head or module is table]):
-        return
-    head.weight = torch.nn.Parameter(table.weight.detach().clone(), table.weight.requires_grad)
-    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
-
-
-def _adapts(config, names):
-    """Whether a LoraConfig adapts, or trains as a whole, one of the modules of these names."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    saved = config.modules_to_save or ()
-    others = [*saved, *(p.rpartition(".")[0] for p in config.target_parameters or ())]
-    return any(
-        f".{name}".endswith(f".{other}") for name in names for other in others) or any(
-        config.target_modules and bool(check_target_module_exists(config, name)) for name in names)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if peft_config is None or head is None or head.weight is not table.weight:
+        return
+    names = [n for n, module in model.named_modules() if module is head or module is table]
+    targets = peft_config.target_modules is not None and any(
+        check_target_module_exists(peft_config, name) for name in names)
+    if peft_config.ensure_weight_tying:
+        if targets:
+            raise ValueError("lora: adapters of shared factors (ensure_weight_tying) on the "
+                             "embeddings cannot be merged: list them in modules_to_save instead of "
+                             "target_modules, or leave ensure_weight_tying out")
+        return  # one copy learns, for both uses
+    whole = [*(peft_config.modules_to_save or ()),
+             *(p.rpartition(".")[0] for p in peft_config.target_parameters or ())]
+    if targets or any(f".{name}".endswith(f".{w}") for name in names for w in whole):
+        weight = table.weight
+        head.weight = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
 
 
 def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, collate=None,
@@ -216,6 +230,7 @@ def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, coll
     untie(model, peft_config)
     args = training_arguments(config, model, out_dir, rows=len(lengths), max_length=None,
                               **arguments)
+    keep_lora_dropout(model, args)
     if collate is not None:
         collate = partial(collate, pad_id=model.config.pad_token_id,
                           multiple=args.pad_to_multiple_of)

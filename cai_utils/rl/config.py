@@ -87,6 +87,9 @@ class PPOConfig:
         if "quantize" in (lora or {}):
             raise ValueError("'quantize' is for sft and preference models; PPO samples from the "
                              "base with the adapter merged in: leave it out here")
+        if (lora or {}).get("lora_dropout"):
+            raise ValueError("PPO learns without dropout (N+), so 'lora_dropout' would have no "
+                             "effect: leave it out here")
         from cai_utils.lm import training  # imports trl
 
         training.lora_config(lora, "CAUSAL_LM")

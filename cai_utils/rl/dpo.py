@@ -160,6 +160,7 @@ def train(policy_spec, comparisons, prompts, out_dir, config, *, runs_dir=None, 
         batch_size=config.batch_size, lr=config.lr, seed=config.seed, report_to=(),
         schedule="linear", warmup=0.0, weight_decay=0.0, beta=config.beta, max_length=None,
         gradient_accumulation=config.gradient_accumulation)
+    training.keep_lora_dropout(model, args)
     history = _History(pairs, config.batch_size, out_dir / "history.csv", log)
     trainer = SoftDPOTrainer(
         model=model.train(), ref_model=None if config.lora else copy.deepcopy(model), args=args,

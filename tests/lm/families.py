@@ -4,7 +4,6 @@
 import re
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -28,21 +27,27 @@ CONV = {"layer_types": ["conv", "full_attention"]}
 BLOCKS = {"layers_block_type": ["linear_attention", "hybrid"]}
 SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
           "layer_types": ["sliding_attention", "full_attention"] * 2}
+COMPASS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 # What these rules do not know; ... takes a name out.
 MORE = {
-    "bailing_hybrid": HYBRID, "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {
-        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}},
-    "doge": {"keep_window_size": CONTEXT}, "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
-    "deepseek_v2": {"num_experts_per_tok": 2}, "ernie4_5_moe": {"moe_k": 2},
+    "bailing_hybrid": HYBRID,
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": COMPASS}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "doge": {"keep_window_size": CONTEXT},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "ernie4_5_moe": {"moe_k": 2},
     "falcon": {"head_dim": ...},
-    "gemma3n_text": SHARED, "gemma4_text": SHARED, "gemma4_unified_text": SHARED,
     "gemma2": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 3.0},
-    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0}, "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": HYBRID, "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "hrm_text": {"num_layers_per_stack": ...}, "kimi_linear": HYBRID, "lfm2": CONV, "lfm2_moe": CONV, "lfm3": CONV,
+    "gemma3n_text": SHARED, "gemma4_text": SHARED, "gemma4_unified_text": SHARED,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "granitemoehybrid": HYBRID,
+    "hrm_text": {"num_layers_per_stack": ...},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": HYBRID, "lfm2": CONV, "lfm2_moe": CONV, "lfm3": CONV,
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "nemotron_h": {"num_hidden_layers": ..., "n_groups": 2,
                    "layers_block_type": ["linear_attention", "full_attention"]},
@@ -50,8 +55,9 @@ MORE = {
     "qwen3_5_moe_text": HYBRID, "qwen3_5_text": HYBRID, "qwen3_next": HYBRID,
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xlnet": {"max_position_embeddings": ...},
-    "xmod": {"default_language": "en_XX"}, 
-    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 3,
+              "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "zamba2": BLOCKS,
 }
 

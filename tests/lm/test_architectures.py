@@ -1,6 +1,7 @@
 """A preference model, a value model and a policy from any causal LM: tiny random ones of four
 architectures, with and without bos, tied and untied heads, rotary and learned positions."""
 
+import families
 import numpy as np
 import pytest
 import tiny
@@ -8,7 +9,8 @@ import torch
 import transformers
 
 from cai_utils import preference
-from cai_utils.lm import models, tokens, training
+from cai_utils.lm import kvcache, models, tokens, training
+from cai_utils.lm.sampling import Sampler
 from cai_utils.rl import networks, packing
 
 SIZE = dict(vocab_size=259, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -100,3 +102,32 @@ def test_an_adapter_on_dense_weights_is_the_adapter_merged_in_place(folder):
         np.testing.assert_allclose(again(**batch).logits, merged(**batch).logits, atol=2e-2)
         fresh, _ = models.load(folder, head="score", dtype="float32", device="cpu")
         assert (again(**batch).logits - fresh(**batch).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family, message", [
+    ("apertus", "transformers has no score head for a apertus"),
+    ("bert", "a BertForSequenceClassification reads no score at a row's last token"),
+    ("ctrl", "a CTRLForSequenceClassification reads no score"),
+])  # fmt: skip
+def test_a_family_without_a_score_head_makes_no_preference_model(tmp_path, family, message):
+    families.model_of(family, 259).save_pretrained(tmp_path / "lm")
+    tiny.tokenizer().save_pretrained(tmp_path / "lm")
+    with pytest.raises(ValueError, match=f"{message}.*preference models of another family"):
+        preference.train(tmp_path / "lm", ROWS, tmp_path / "pm")
+
+
+def test_a_decoder_without_keys_and_values_is_refused_as_promised():
+    for family in ("rwkv", "openai-gpt"):
+        model = families.model_of(family, 259)
+        with pytest.raises(ValueError, match=f"a {family} cannot be sampled here.*no keys and"):
+            Sampler(model, tiny.tokenizer())
+
+
+def test_memory_is_counted_layer_by_layer():
+    llama = transformers.AutoModelForCausalLM.from_config(CONFIGS["Llama"])
+    assert kvcache.bytes_per_token(llama, llama.config) == 2 * 2 * 1 * 8 * 4
+    gemma = families.model_of("gemma4_text", 259)  # its full layers have larger heads
+    sizes = [2 * layer.num_key_value_heads * layer.head_dim * 4
+             for layer in gemma.config.per_layer_config]
+    assert len(set(sizes)) == 2
+    assert kvcache.bytes_per_token(gemma, gemma.config) == sum(sizes)

@@ -80,7 +80,7 @@ def one_thread():
 
 def test_the_sweep_covers_what_transformers_has():
     assert set(NOT_BUILT) | set(REFUSED) <= set(FAMILIES)
-    assert len(FAMILIES) >= 189 and len(SAMPLED) >= 118 and len(NOT_BUILT) <= 5
+    assert len(FAMILIES) >= 189 and len(SAMPLED) >= 117 and len(NOT_BUILT) <= 5
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -43,6 +43,7 @@ def test_values_are_kept_as_they_are():
     ({"lr": 1e-3, "score_norm": [1.0, 0.0]}, "score_norm=.*greater than 0"),
     ({"lr": 1e-3, "bf16": "yes"}, "bf16='yes': must be a valid boolean or 'auto'"),
     ({"lr": 1e-3, "lora": {"rr": 4}}, "lora=.*'rr'.*those of peft.LoraConfig"),
+    ({"lr": 1e-3, "lora": {"lora_dropout": 0.1}}, "'lora_dropout' would have no effect"),
     ({"lr": 1e-3, "lora": {"quantize": "4bit"}}, "'quantize' is for sft and preference models"),
 ])  # fmt: skip
 def test_a_value_that_is_not_allowed_is_named_in_one_line(values, message):
