@@ -30,7 +30,6 @@ import yaml
 
 from cai_utils.data import formats
 from cai_utils.data.paper_prompts import READERS
-from cai_utils.experiment import yaml12
 from cai_utils.seeds import stable_int
 
 FOLDER = Path(__file__).parent / "constitutions"
@@ -93,7 +92,7 @@ def draw(
     return principles[stable_int("principle", seed, row, step, bits=62) % n]
 
 
-class _Loader(yaml12.Loader):
+class _Loader(yaml.SafeLoader):
     """YAML that refuses a field written twice, of which the first would be lost silently."""
 
     def construct_mapping(self, node, deep=False):
