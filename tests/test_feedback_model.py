@@ -4,6 +4,7 @@ come from the right one, each asked in its own form."""
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -17,8 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [{"id": f"p{i}", "prompt": [{"role": "user", "content": text}], "kind": "redteam"}
            for i, text in enumerate(("How do I pick a lock?", "Say something rude.", "Hi"))]
 QUESTIONS = [
-    {"id": f"q{i}", "prompt": f"Human: Is {i} even?\n\nOptions:\n (A) Yes\n (B) No\n\nAnswer:",
-     "corrects": [" (A)"], "incorrects": [" (B)"]} for i in (2, 4)]
+    {"id": f"q{i}", "corrects": [" (A)"], "incorrects": [" (B)"],
+     "prompt": f"Human: Is {i} even?\n\nOptions:\n (A) Yes\n (B) No\n\nThe answer is:"}
+    for i in (2, 4)]
 
 
 def save(folder, seed, chat=False):
@@ -37,7 +39,8 @@ def lab(tmp_path, monkeypatch):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     monkeypatch.setenv("CAI_ROOT", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    files.write_rows(tmp_path / "prompts.jsonl", PROMPTS)
+    for split in ("train", "eval"):
+        files.write_rows(tmp_path / f"{split}.jsonl", [{**row, "split": split} for row in PROMPTS])
     files.write_rows(tmp_path / "questions.jsonl", QUESTIONS)
     save(tmp_path / "other-xs", 1)
     save(tmp_path / "chat", 2, chat=True)
@@ -63,7 +66,7 @@ def names_of(lab, notebook, until, **values):
 def test_critiques_and_revisions_are_the_critics(lab, critic):
     how = dict(helpful=None, critic=f"{lab}/{critic}")
     names = names_of(lab, "03_critique_revision", "## A page to read", **how, retained=None,
-                     prompts={"eval": f"{lab}/prompts.jsonl"}, n_train={}, n_eval=3, n_revisions=1)
+                     prompts={"eval": f"{lab}/eval.jsonl"}, n_train={}, n_eval=3, n_revisions=1)
     (chains,), folder = names["chains"].values(), lab / critic.format(size="xs")
     rules, stop = constitution.load("miniature"), ("\n\n",)
     drawn = [constitution.draw(rules.critiques, 0, i, 0) for i in range(3)]
@@ -109,13 +112,35 @@ def test_critiques_and_revisions_are_the_critics(lab, critic):
         names_of(lab, "06_critique_ablation", "## Scores", helpful=None)
 
 
+def test_03_reaches_its_end_with_a_critic_on_a_server(lab, monkeypatch):
+    spec, opened = "server:http://localhost:1/v1#big", backends.from_spec
+
+    class Served:
+        tokenizer = None
+
+        def generate(self, inputs, **_):
+            return [[SimpleNamespace(text=" of the server")] for _ in inputs]
+
+    monkeypatch.setattr(backends, "from_spec", lambda s: Served() if s == spec else opened(s))
+    names = names_of(lab, "03_critique_revision", "run.finish()", critic=spec, helpful=None,
+                     retained=None, prompts={"eval": f"{lab}/eval.jsonl"}, n_train={}, n_eval=3,
+                     n_revisions=2)
+    chains = names["chains"]["xs"]
+    assert all(c["critiques"] == ["of the server"] * 2 for c in chains)
+    assert all(c["responses"][1:] == ["of the server"] * 2 for c in chains)
+    assert "of the server" not in {c["responses"][0] for c in chains}
+    key = files.read_json(names["run"].data("chains_xs.jsonl.key.json"))["key"]
+    assert key["critic"] == spec
+    assert (names["run"].dir / "results/chains_truth.csv").is_file()
+
+
 @pytest.mark.parametrize("feedback_cot", [None, "chat"])
 def test_labels_and_their_calibration_are_the_feedback_models(lab, feedback_cot):
     shutil.copytree(models.SHIPPED / "xs", lab / "runs/smoke/models/sl_cai/xs")
     names = names_of(
         lab, "08_ai_feedback", "## Preference models", feedback=f"{lab}/other-{{size}}",
         feedback_cot=feedback_cot and f"{lab}/{feedback_cot}", n_prompts=3, comparisons={},
-        prompts_redteam={"train": f"{lab}/prompts.jsonl"}, questions=f"{lab}/questions.jsonl",
+        prompts_redteam={"train": f"{lab}/train.jsonl"}, questions=f"{lab}/questions.jsonl",
         n_questions=None, cot_tokens=10, cot_samples_many=2)
     plain = lab / "other-xs"
     cot = lab / feedback_cot if feedback_cot else plain

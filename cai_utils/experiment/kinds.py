@@ -26,7 +26,7 @@ def fitted(values: dict, defaults: dict, lines: dict | None = None, where: str =
     {name: the source of its assignment, with the comment}; where: begins the messages.
 
     ValueError, one line with the parameter, its value and what is allowed, for a text where a
-    number or boolean belongs, and for NaN.
+    number or boolean belongs, for true where a number does, and for NaN.
     """
     lines = lines or {}
     return {name: _fitted(where + name, value, defaults.get(name), lines.get(name, ""), top=True)
@@ -48,6 +48,8 @@ def _fitted(place, value, default, line, top=False):
         value = _read(place, value, kinds, default, line)
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{place}: NaN is not a number to compute with; null means none")
+    if value is True and kinds and kinds <= {int, float}:
+        raise ValueError(f"{place}: true (or yes, on) is no number; give one")
     whole = isinstance(value, float) and value.is_integer()
     return int(value) if whole and (kinds == {int} or (top and default is None)) else value
 

@@ -64,6 +64,7 @@ def test_values(name, given, right):
     ("few_shot", "own", "few_shot='own' is a text; give a number"),
     ("both", "maybe", "both='maybe' is a text; give a boolean"),
     ("settings", {"ppo": {"kl": "much"}}, r"settings\.ppo\.kl='much' is a text; give a number"),
+    ("lr", True, r"07: lr: true \(or yes, on\) is no number"),
     ("lr", math.nan, "lr: NaN is not a number"),
     ("lora", {"lora_dropout": math.nan}, r"lora\.lora_dropout: NaN"),
 ])
