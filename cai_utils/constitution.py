@@ -22,7 +22,6 @@ the form of their comparison questions (`data.paper_prompts`).
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +29,8 @@ from pathlib import Path
 import yaml
 
 from cai_utils.data import formats
-from cai_utils.data.paper_prompts import READERS, question_forms
+from cai_utils.data.paper_prompts import READERS, question_forms, read
 from cai_utils.data.question_form import QuestionForm
-from cai_utils.experiment.files import refuse_pointer
 from cai_utils.seeds import stable_int
 
 FOLDER = Path(__file__).parent / "constitutions"
@@ -150,13 +148,7 @@ def _published(folder, names) -> Constitution:
         )
     principles, shots = {}, {s: [] for s in _SHOTS}
     for name in names:
-        path = Path(folder) / name
-        refuse_pointer(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from error
-        section, entries = READERS[name](data, path)
+        section, entries = read(Path(folder) / name)
         (shots if section in shots else principles)[section] = entries
     forms = question_forms(folder) if "comparisons" in principles else {}
     return Constitution("paper", few_shot=shots, forms=forms, **principles)

@@ -139,7 +139,7 @@ def comparison_question(sampler, prompt, a, b, principle, examples=(), cot=False
 def _answered(example, principle, form):
     """One example in the text form; a published chain of thought as it stands in its file."""
     if form.verbatim and "published" in example:
-        return example["published"].replace("{}", principle)
+        return example["published"].replace("{}\n (A) ", f"{principle}\n (A) ", 1)
     question = form.text(example["prompt"], example["a"], example["b"], principle)
     return f"{question}{_reasons(example, form, form.answer_turn)} ({example['answer']})"
 

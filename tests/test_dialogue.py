@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from cai_utils import dialogue
 from cai_utils.dialogue import (
     TEMPLATE,
     Rendered,

@@ -394,7 +394,7 @@ OURS = {
         {"prompt": "\n\nHuman: Bye\n\nAssistant:", "corrects": ["Bye!"], "incorrects": ["Ha."]},
     ],
     "RLMadisonPrecogFewShotPrompts.json": [
-        {"prompt": start + "Human: Look at this (H, A):\n\nH: Hi\n\nA:  What?\n\nH: Sorry\n\n{}"
+        {"prompt": start + "Human: Look at this (H, A):\n\nH: Hi {}\n\nA:  What?\n\nH: Sorry\n\n{}"
          "\n (A) [[[Go.]]]\n (B) [[[Hello!\n\nYou?]]]\n\nAssistant: Let us see:" + reasons
          + "\n\nHuman:\nThus: (B)"} for start, reasons in (("\n\n", "\n(B) asks."), ("\n", " B."))],
 }
@@ -434,7 +434,8 @@ class Published:
         return "".join(texts)
 
     def cot_shots(self, rule):
-        return "".join(text.replace("{}", rule) for text in self.reasoned)
+        return "".join(text.replace("\n\n{}\n (A)", f"\n\n{rule}\n (A)")
+                       for text in self.reasoned)
 
 
 @pytest.fixture(params=["ours", "theirs"])

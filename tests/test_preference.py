@@ -2,7 +2,9 @@
 
 import json
 import math
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,6 +148,16 @@ def test_scores_are_centred_and_the_saved_folder_gives_the_same(pm):
     assert np.allclose(live, scores, atol=1e-6)
     assert again.get_vocab() == tokenizer.get_vocab()
     assert (folder / "training.json").exists() and not folder.with_name("out.partial").exists()
+
+
+def test_long_scoring_shows_progress(pm, monkeypatch):
+    shown = []
+    bar = nullcontext(SimpleNamespace(update=shown.append))
+    monkeypatch.setattr(preference.journal, "progress",
+                        lambda total, unit: shown.append(total) or bar)
+    row = labelled(600, 0, soft=True)[0]
+    preference.Scorer(pm[0], batch_tokens=1).score([row["prompt"] + row["chosen"]] * 5)
+    assert shown == [5, 1, 1, 1, 1, 1]
 
 
 def test_order_and_batching_do_not_matter(pm):

@@ -18,7 +18,7 @@ from pathlib import Path
 from cai_utils import dialogue
 from cai_utils.data import question_form
 from cai_utils.data.fetch import local
-from cai_utils.experiment.files import read_rows
+from cai_utils.experiment.files import read_rows, refuse_pointer
 
 QUESTIONS = "evals/438HHHEvaluations.jsonl"
 COT_SHOTS = "RLMadisonPrecogFewShotPrompts.json"
@@ -101,6 +101,17 @@ def _cot_shots(data, path):
     return "comparison_cot", entries
 
 
+def read(path):
+    """One of the published files -> (section of the constitution, entries). ValueError, naming the
+    file, for what is not as published."""
+    refuse_pointer(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    return READERS[path.name](data, path)
+
+
 def question_forms(folder) -> dict:
     """{"comparison", "comparison_cot": the published form, None where its file is missing}.
 
@@ -115,8 +126,7 @@ def question_forms(folder) -> dict:
         found = question_form.common([str(row.get("prompt")) for row in read_rows(path)])
         forms["comparison"] = found and found[0]
     if (folder / COT_SHOTS).is_file():
-        data = json.loads((folder / COT_SHOTS).read_text(encoding="utf-8"))
-        texts = [entry["published"] for entry in _cot_shots(data, folder / COT_SHOTS)[1]]
+        texts = [e["published"] for e in read(folder / COT_SHOTS)[1]]
         found = question_form.common([text.rstrip() for text in texts], reasoned=True)
         forms["comparison_cot"] = found and found[0]
     return forms

@@ -4,7 +4,6 @@ saving."""
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import shutil
