@@ -34,6 +34,7 @@ TEMPLATE = (
 
 _ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
 _LEADS = {"system": "", **{role: f"{speaker}: " for role, speaker in SPEAKERS.items()}}
+_SYSTEM = {}  # chat template -> whether it has a system role
 _TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
 
 
@@ -90,26 +91,29 @@ def render(conversation, tokenizer, add_generation_prompt=True):
         return conversation
     _check(conversation, add_generation_prompt)
     if getattr(tokenizer, "chat_template", None):
-        if conversation[0]["role"] == "system":
-            _check_system(conversation[0]["content"], tokenizer)
+        if conversation[0]["role"] == "system" and not _has_system_role(tokenizer):
+            raise ValueError("this model's chat template has no system role: put the text of the "
+                             "system message into the first user turn, or leave it out")
         return tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     return transcript(conversation, add_generation_prompt)
 
 
-def _check_system(text, tokenizer):
+def _has_system_role(tokenizer):
+    """Whether the chat template shows a system message, and not as the user's or assistant's."""
     def shown(role):
-        talk = [{"role": role, "content": text}, {"role": "user", "content": "?"}]
+        talk = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "Hi"}]
         try:
             return tokenizer.apply_chat_template(talk, tokenize=False)
         except (jinja2.TemplateError, ValueError):
             return ""
 
-    system = shown("system")
-    if text.strip() not in system or system in map(shown, SPEAKERS):
-        raise ValueError("this model's chat template has no system role: put the text of the "
-                         "system message into the first user turn, or leave it out")
+    template = str(tokenizer.chat_template)
+    if template not in _SYSTEM:
+        text = shown("system")
+        _SYSTEM[template] = "Be brief." in text and text not in map(shown, SPEAKERS)
+    return _SYSTEM[template]
 
 
 def with_response(prompt, text):

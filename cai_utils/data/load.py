@@ -190,10 +190,12 @@ def _paper(spec):
     try:
         path = paper_file(f"evals/{name}.jsonl")
     except FileNotFoundError as error:
+        folder = local("constitutional_harmlessness_paper/evals")
+        there = sorted(path.stem for path in folder.glob("*.jsonl")) if folder else []
         if name in PAPER_EVALS:
             raise
-        raise FileNotFoundError(f"{error}. The paper's questions are: "
-                                f"{', '.join(f'paper/{known}' for known in PAPER_EVALS)}") from None
+        known = ", ".join(f"paper/{name}" for name in dict.fromkeys([*PAPER_EVALS, *there]))
+        raise FileNotFoundError(f"{error}. The names are: {known}") from None
     return read_rows(path), str(path)
 
 
