@@ -288,6 +288,9 @@ def test_an_empty_id_is_the_number_of_the_row(tmp_path):
     rows = [{"prompt": "a", "id": None}, {"prompt": "b", "id": ""}, {"prompt": "c", "id": 7}]
     path = jsonl(tmp_path / "p.jsonl", rows)
     assert [row["id"] for row in load.load_prompts(path)] == ["0", "1", "7"]
+    question = {"id": None, "prompt": "Q", "corrects": [" (A)"], "incorrects": [" (B)"]}
+    path = jsonl(tmp_path / "q.jsonl", [question, question])
+    assert [row["id"] for row in load.load_questions(path)] == ["0", "1"]
 
 
 def test_slices_and_a_spec_for_each_split(hh_dir, tmp_path):
