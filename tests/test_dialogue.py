@@ -1,6 +1,9 @@
 """Conversations and their text forms, to the letter."""
 
+from pathlib import Path
+
 import pytest
+import trl
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
@@ -156,3 +159,15 @@ def test_windows_line_ends_part_turns_too():
     windows = TEXT.replace("\n", "\r\n")
     assert [m["role"] for m in parse_transcript(windows)] == ["user", "assistant", "user"]
     assert parse_transcript(windows)[1]["content"] == "Mix flour and water.\r\n\r\nThen wait."
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2_5", "phi3", "gemma"])
+def test_system_messages_in_public_templates(name):
+    public = tokenizer((Path(trl.__file__).parent / f"chat_templates/{name}.jinja").read_text())
+    public.bos_token = "<s>"
+    if name == "gemma":  # raises: "System role not supported"
+        with pytest.raises(ValueError, match="no system role"):
+            render(SYSTEM, public)
+        return
+    shown = public.apply_chat_template(SYSTEM, tokenize=False, add_generation_prompt=True)
+    assert render(SYSTEM, public) == shown and "Be brief." in shown
