@@ -36,6 +36,7 @@ TEMPLATE = (
 
 _ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
 _LEADS = {"system": "", **{role: f"{speaker}: " for role, speaker in SPEAKERS.items()}}
+_SYSTEM = {}  # chat template -> whether it has a system role
 _TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
 _TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
          {"role": "user", "content": "Go on"}]
@@ -111,16 +112,17 @@ def render(conversation, tokenizer, add_generation_prompt=True):
     renders it: to its model a conversation is text like any other, with the special tokens that
     the tokenizer adds to texts. A `str` passes through as it is. A template that writes the date
     writes 26 July 2024. For text that ends with a finished response (scoring, training) pass
-    `add_generation_prompt=False`. ValueError as in `transcript`, for a conversation that the
-    template refuses, and for a system message that it leaves out or gives to another role.
+    `add_generation_prompt=False`. ValueError as in `transcript`, and for a conversation that the
+    template refuses, or whose system message it leaves out or gives to the user or the assistant.
     """
     if isinstance(conversation, str):
         return conversation
     _check(conversation, add_generation_prompt)
     if not getattr(tokenizer, "chat_template", None):
         return transcript(conversation, add_generation_prompt)
-    if conversation[0]["role"] == "system":
-        _check_system(conversation[0]["content"], tokenizer)
+    if conversation[0]["role"] == "system" and not _has_system_role(tokenizer):
+        raise ValueError("this model's chat template has no system role: put the text of the "
+                         "system message into the first user turn, or leave it out")
     text = _from_template(conversation, tokenizer, add_generation_prompt)
     return text if uses_transcript(tokenizer) else Rendered(text)
 
@@ -159,17 +161,20 @@ def _reads(tokenizer):
     return _READS[key]
 
 
-def _check_system(text, tokenizer):
+def _has_system_role(tokenizer):
+    """Whether the chat template shows a system message, and not as the user's or assistant's."""
     def shown(role):
-        talk = [{"role": role, "content": text}, {"role": "user", "content": "?"}]
-        with suppress(ValueError):
+        talk = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        try:
             return _from_template(talk, tokenizer, False)
-        return ""
+        except ValueError:
+            return ""
 
-    system = shown("system")
-    if text.strip() not in system or system in map(shown, SPEAKERS):
-        raise ValueError("this model's chat template has no system role: put the text of the "
-                         "system message into the first user turn, or leave it out")
+    template = str(tokenizer.chat_template)
+    if template not in _SYSTEM:
+        text = shown("system")
+        _SYSTEM[template] = "Be brief." in text and text not in map(shown, SPEAKERS)
+    return _SYSTEM[template]
 
 
 def with_response(prompt, text):
@@ -184,12 +189,12 @@ def _check(messages, add_generation_prompt):
     if not messages:
         raise ValueError("an empty conversation: give at least one message")
     for i, m in enumerate(messages):
-        roles = ROLES if i == 0 and len(messages) > 1 else SPEAKERS
         fine = isinstance(m, dict) and isinstance(m.get("content"), str)
-        if not fine or m.get("role") not in roles:
+        if not fine or m.get("role") not in (ROLES if i == 0 and len(messages) > 1 else SPEAKERS):
             raise ValueError(
                 f"message {i} is {m!r}: it needs 'content', a text, and a 'role' of 'user' or "
-                "'assistant'; a 'system' message may stand before the first turn"
+                "'assistant'; a 'system' message may stand before the first turn, or its text can "
+                "begin the first user turn"
             )
     if add_generation_prompt and messages[-1]["role"] == "assistant":
         raise ValueError(

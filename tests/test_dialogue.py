@@ -3,13 +3,16 @@
 import datetime
 import json
 import pickle
+from pathlib import Path
 
 import pytest
+import trl
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from cai_utils import dialogue
 from cai_utils.dialogue import (
     TEMPLATE,
     Rendered,
@@ -102,7 +105,7 @@ def test_rendering_for_a_base_model_a_chat_model_and_the_miniature():
 def test_which_models_read_transcripts():
     assert uses_transcript(tokenizer()) and uses_transcript(tokenizer(TRANSCRIPT))
     assert not uses_transcript(tokenizer(CHATML))
-    assert uses_transcript(tokenizer(TEMPLATE))
+    assert uses_transcript(tokenizer(dialogue.TEMPLATE))
 
 
 @pytest.mark.parametrize("template, expected", [
@@ -230,3 +233,15 @@ def test_windows_line_ends_part_turns_too():
     windows = TEXT.replace("\n", "\r\n")
     assert [m["role"] for m in parse_transcript(windows)] == ["user", "assistant", "user"]
     assert parse_transcript(windows)[1]["content"] == "Mix flour and water.\r\n\r\nThen wait."
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2_5", "phi3", "gemma"])
+def test_system_messages_in_public_templates(name):
+    public = tokenizer((Path(trl.__file__).parent / f"chat_templates/{name}.jinja").read_text())
+    public.bos_token = "<s>"
+    if name == "gemma":  # raises: "System role not supported"
+        with pytest.raises(ValueError, match="no system role"):
+            render(SYSTEM, public)
+        return
+    shown = public.apply_chat_template(SYSTEM, tokenize=False, add_generation_prompt=True)
+    assert render(SYSTEM, public) == shown and "Be brief." in shown

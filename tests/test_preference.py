@@ -333,9 +333,11 @@ def test_a_system_message_is_trained_on_as_the_template_shows_it():
     system = {"role": "system", "content": "c d"}
     row = {**comparison("a b", "good", "bad"), "prompt": [system, *say("a b")]}
     data = preference.tokenize(comparisons.check([row]), tokenizer := make_tokenizer(CHATML))
-    shown = tokenizer("<start>system c d<eos>\n<start>user a b<eos>\n<start>assistant")
+    shown = tokenizer("<start>system c d<eos>\n<start>user a b<eos>\n<start>assistant",
+                      add_special_tokens=False)["input_ids"]
     for side in ("chosen_ids", "rejected_ids"):
-        assert data[side][0][: len(shown["input_ids"])] == shown["input_ids"]
+        ids = [i for i in data[side][0] if i != tokenizer.bos_token_id]
+        assert ids[: len(shown)] == shown
     with pytest.raises(ValueError, match="no system role"):  # this one gives it to the assistant
         preference.tokenize(comparisons.check([row]), make_tokenizer())
 

@@ -114,6 +114,12 @@ def whole(chosen, rejected) -> dict:
     return {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
+def conversation(transcript) -> list[dict]:
+    """The messages of a transcript, without the empty human turn in which samples often end."""
+    messages = dialogue.parse_transcript(transcript)
+    return messages[:-1] if messages[-1:] == [{"role": "user", "content": ""}] else messages
+
+
 def _side(row, name, transcripts):
     """What `chosen` or `rejected` holds: one assistant message, or a whole conversation."""
     if name not in row:
@@ -123,7 +129,7 @@ def _side(row, name, transcripts):
         value = [value]
     if isinstance(value, str) and value.strip():
         if transcripts:
-            return dialogue.parse_transcript(value)
+            return conversation(value)
         return [{"role": "assistant", "content": value.strip()}]
     if not value or not isinstance(value, list):
         raise ValueError(f"'{name}' {_ONE_ANSWER}, not {value!r:.80}")

@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cai_utils import dialogue
-from cai_utils.data.conversations import Malformed, usable, whole
+from cai_utils.data.conversations import Malformed, conversation, usable, whole
 
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 SPLITS = {r"\btrain\b": "train", r"\btest\b": "eval"}  # hh-rlhf's names -> ours
@@ -25,11 +24,12 @@ def recognise(rows) -> bool:
 
 
 def named(where, patterns):
-    """The first of `patterns` found in the name of a file, or else of its folder; or None.
+    """The first of `patterns` found in the name of a file, else of its folder, and so on upwards;
+    or None.
 
-    hh-rlhf's files are <subset>/<split>; folders above them are the user's.
+    hh-rlhf's files are <subset>/<split>: folders above them are the user's, and say less.
     """
-    found = (p for part in reversed(Path(where).parts[-2:]) for p in patterns
+    found = (p for part in reversed(Path(where).parts) for p in patterns
              if re.search(p, part.lower()))
     return next(found, None)
 
@@ -70,6 +70,6 @@ def red_team_prompts(rows, where, strict):
 
 def _transcript(text):
     try:
-        return dialogue.parse_transcript(text)
+        return conversation(text)
     except (AttributeError, TypeError, ValueError):
         raise Malformed("a text that is not a transcript") from None

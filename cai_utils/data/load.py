@@ -62,14 +62,8 @@ def load_prompts(spec, split=None, limit=None, seed=0, strict=False) -> list[dic
     else:
         pairs = not _has(rows, "prompt") and _has(rows, "chosen") and _has(rows, "rejected")
         _need(rows, where, *(("chosen", "rejected") if pairs else ("prompt",)))
-
-        def prompt(i, row):
-            row = {"id": i, **row}
-            if row["id"] in (None, "") or row["id"] != row["id"]:  # null or NaN would name them all
-                row["id"] = i
-            return formats.validate(formats.Prompt, row, f"{where}, row {i + 1}")
-
-        rows = conversations.usable(rows, prompt, where, strict)
+        rows = conversations.usable(rows, lambda i, row: formats.validate(
+            formats.Prompt, _with_id(i, row), f"{where}, row {i + 1}"), where, strict)
     return _choose(rows, where, split, limit, seed, part)
 
 
@@ -118,7 +112,7 @@ def load_questions(spec, limit=None, seed=0) -> list[dict]:
     out = []
     for i, row in enumerate(rows):
         at = f"{where}, row {i + 1}"
-        row = formats.validate(formats.Question, {"id": str(i), **row}, at)
+        row = formats.validate(formats.Question, _with_id(i, row), at)
         if set(row["corrects"]) & set(row["incorrects"]):
             raise ValueError(f"{at}: an option is in both corrects and incorrects")
         out.append(row)
@@ -152,6 +146,13 @@ def _sliced(spec) -> tuple[str, slice | None]:
     if not ends:
         raise ValueError(f"{spec}: a slice is [start:stop], whole numbers from 0, either left out")
     return found[1], slice(*(int(end) if end else None for end in ends.groups()))
+
+
+def _with_id(i, row):
+    row = {"id": str(i), **row}
+    if row["id"] in (None, "") or row["id"] != row["id"]:  # null or NaN, of all rows alike
+        row["id"] = str(i)
+    return row
 
 
 def _has(rows, field):
@@ -190,10 +191,12 @@ def _paper(spec):
     try:
         path = paper_file(f"evals/{name}.jsonl")
     except FileNotFoundError as error:
+        folder = local("constitutional_harmlessness_paper/evals")
+        there = sorted(path.stem for path in folder.glob("*.jsonl")) if folder else []
         if name in PAPER_EVALS:
             raise
-        raise FileNotFoundError(f"{error}. The paper's questions are: "
-                                f"{', '.join(f'paper/{known}' for known in PAPER_EVALS)}") from None
+        known = ", ".join(f"paper/{name}" for name in dict.fromkeys([*PAPER_EVALS, *there]))
+        raise FileNotFoundError(f"{error}. The names are: {known}") from None
     return read_rows(path), str(path)
 
 

@@ -52,7 +52,7 @@ class QuestionForm:
 
     def body(self, prompt: list[dict], a: str, b: str, principle: str) -> str:
         """The question without the marks of its turn: what a chat user would send."""
-        marks = {"user": self.user, "assistant": self.assistant}
+        marks = {"system": "\n\n", "user": self.user, "assistant": self.assistant}
         turns = "".join(marks[turn["role"]] + turn["content"] for turn in prompt)
         return (f"{self.lead}{turns}{self.gap}{principle}{self.first}{a}{self.second}{b}{self.end}")
 

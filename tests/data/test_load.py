@@ -213,7 +213,7 @@ def test_red_team_attempts(tmp_path, monkeypatch, name, array):
 
 @pytest.mark.filterwarnings("ignore:.*skipped")
 def test_a_file_by_its_path_gives_the_rows_of_its_name(hh_dir):
-    """Folders above the subset's, here /test-of-helpful-.../, decide nothing."""
+    """Whatever the folders above it are called."""
     far = hh_dir / "train-helpful"
     for name in ("harmless-base/test", "helpful-base/train"):
         (path,) = hh_dir.glob(f"hh-rlhf/{name}.jsonl*")
@@ -249,13 +249,16 @@ def test_windows_line_ends_part_the_turns_of_transcripts(tmp_path):
     assert [m["content"] for m in row["prompt"]] == ["Hi", "Ho", "And?"]
 
 
-def test_a_red_team_transcript_that_ends_in_an_empty_human_turn(tmp_path):
+def test_transcripts_that_end_in_an_empty_human_turn(tmp_path):
     texts = ["\n\nHuman: A?\n\nAssistant: B\n\nHuman:", "\n\nHuman: A?\n\nHuman: \n\nAssistant: B"]
     path = jsonl(tmp_path / "r.jsonl", [{"transcript": text} for text in texts])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [row["prompt"] for row in load.load_prompts(path)] == [
             [{"role": "user", "content": "A?"}]] * 2
+        rows = [{side: text + "\n\nHuman:" for side, text in HH[4].items()}, HH[4]]
+        one, two = load.load_comparisons(jsonl(tmp_path / "harmless-base/test.jsonl", rows))
+    assert one == {**two, "id": "0"}
 
 
 @pytest.mark.parametrize("read, row, fault", [
@@ -285,6 +288,9 @@ def test_an_empty_id_is_the_number_of_the_row(tmp_path):
     rows = [{"prompt": "a", "id": None}, {"prompt": "b", "id": ""}, {"prompt": "c", "id": 7}]
     path = jsonl(tmp_path / "p.jsonl", rows)
     assert [row["id"] for row in load.load_prompts(path)] == ["0", "1", "7"]
+    question = {"id": None, "prompt": "Q", "corrects": [" (A)"], "incorrects": [" (B)"]}
+    path = jsonl(tmp_path / "q.jsonl", [question, question])
+    assert [row["id"] for row in load.load_questions(path)] == ["0", "1"]
 
 
 def test_slices_and_a_spec_for_each_split(hh_dir, tmp_path):
@@ -365,6 +371,9 @@ def test_published_data_that_is_nowhere(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="paper/438HHHEvaluations, paper/HarmfulVsEthical, "
                                                 "paper/HarmfulnessClassification"):
         load.load_questions("paper/HarmfulVsEthicals")
+    jsonl(tmp_path / "constitutional_harmlessness_paper/evals/Mine.jsonl", [{}])
+    with pytest.raises(FileNotFoundError, match="paper/HarmfulnessClassification, paper/Mine"):
+        load.load_questions("paper/Min")
     with pytest.raises(FileNotFoundError, match="CAI_DATA_DIR") as error:
         load.load_questions("paper/HarmfulVsEthical")
     assert "438HHH" not in str(error.value)  # the name is right, the file is not here
