@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 # They take no positions, and need none: attention depends on the distance of two tokens.
@@ -64,6 +65,50 @@ def check_plain(model):
     if why:
         raise ValueError(f"a {model.config.model_type} cannot be sampled here: it is not a causal "
                          f"LM with plain attention ({why}); {_INSTEAD}")
+
+
+@torch.no_grad()
+def head_of(model):
+    """Two facts of a causal LM's head: whether it reads the base model's last hidden states, at
+    most scaled by a number, and whether moreover its logits are the model's: nothing is scaled or
+    capped, before the head or behind it.
+
+    The logits of a pass are replaced by large ones, so that this shows whatever the weights and
+    their precision are.
+    """
+    ids, seen = torch.arange(4, device=model.device)[None], []
+    drawn = torch.Generator().manual_seed(0)
+
+    def give_logits(module, args, output):
+        seen.extend((args[0], (100 * torch.randn(output.shape, generator=drawn)).to(output)))
+        return seen[1]
+
+    training = model.training
+    hook = model.get_output_embeddings().register_forward_hook(give_logits)
+    try:
+        model.eval()
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model(input_ids=ids, use_cache=False).logits
+        read = seen[0].to(states.dtype)
+        scale = (states * read).sum() / (states * states).sum()
+        off = (scale * states - read).abs().max()
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False, False  # a base model or a head of another form
+    finally:
+        hook.remove()
+        model.train(training)
+    reads = not off >= 0.01 * read.abs().max()  # of weights that are not finite, others complain
+    same = bool((scale - 1).abs() < 0.01) and torch.equal(logits, seen[1].to(logits.dtype))
+    return reads, reads and same
+
+
+def check_head(model):
+    """ValueError where trl cannot train a causal LM: it takes the head's weight and reads the last
+    hidden states with it (scaled and capped as the config says)."""
+    if not head_of(model)[0]:
+        raise ValueError(f"a {model.config.model_type} cannot be trained here: its head transforms "
+                         f"the last hidden states before it reads them, which trl leaves out; "
+                         f"{_INSTEAD}")
 
 
 def _rope(config, kind):

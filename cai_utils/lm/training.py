@@ -21,7 +21,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from cai_utils.experiment.files import write_json
 from cai_utils.lm import models
-from cai_utils.lm.architectures import check_rows
+from cai_utils.lm.architectures import check_head, check_rows
 
 
 class LengthBuckets(Sampler):
@@ -225,6 +225,8 @@ def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, coll
     of a batch, `pad_id` and the `multiple` of tokens to pad to (None: trl's collator).
     """
     check_rows(model.config, lengths, "max_length")
+    if model.get_output_embeddings() is not None:
+        check_head(model)
     models.attend_for_training(model, max(lengths))
     untie(model, peft_config)
     args = training_arguments(config, model, out_dir, rows=len(lengths), max_length=None,

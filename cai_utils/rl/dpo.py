@@ -31,7 +31,7 @@ from cai_utils import dialogue
 from cai_utils.data.comparisons import check
 from cai_utils.experiment import files, launch
 from cai_utils.lm import models, tokens, training
-from cai_utils.lm.architectures import check_rows
+from cai_utils.lm.architectures import check_head, check_rows
 from cai_utils.lm.sampling import Sampler
 from cai_utils.preference import soft_preference_loss
 from cai_utils.rl import checkpoints, distributed
@@ -152,6 +152,7 @@ def train(policy_spec, comparisons, prompts, out_dir, config, *, runs_dir=None, 
             shutil.rmtree(stale)
     snapshot(model, out_dir / "step-0")
     check_rows(model.config, lengths, "max_length")
+    check_head(model)
     models.attend_for_training(model, max(lengths))
     lora = training.lora_config(config.lora, "CAUSAL_LM")
     training.untie(model, lora)

@@ -57,7 +57,8 @@ def build(policy_spec, pm, prompts, config, runs_dir, device):
     prompt_ids = prompt_ids_of(prompts, tokenizer, model, config.max_new_tokens)
     for net in (model, value_model):
         check_rows(net.config, [len(ids) + extra for ids in prompt_ids
-                                for extra in (1, config.max_new_tokens)], "max_new_tokens")
+                                for extra in (1, config.max_new_tokens)],
+                   "max_new_tokens, or shorten the prompts")
     if accelerator.mixed_precision == "bf16":
         for net in (model, value_model):
             models.attend_for_training(net, max(map(len, prompt_ids)) + config.max_new_tokens)

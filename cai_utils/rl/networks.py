@@ -12,7 +12,7 @@ from torch import nn
 
 from cai_utils import preference
 from cai_utils.lm import models, training
-from cai_utils.lm.architectures import has_plain_layers
+from cai_utils.lm.architectures import has_plain_layers, head_of
 
 
 def _precise(x):
@@ -97,40 +97,6 @@ def _equal_and_told_apart(whole, shorter, wrong):
     return bool(shown > 20 * rounding and off <= max(4 * rounding, 0.01 * shown))
 
 
-def has_plain_head(model):
-    """Whether a causal LM's logits are its output embeddings of its base model's last hidden states
-    and nothing else: neither scaled nor capped, before or behind. All three are given here, large
-    enough to show it, so that weights and their precision do not matter."""
-    head, seen = model.get_output_embeddings(), []
-    ids = torch.arange(4, device=model.device)[None]
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(like):
-        return (100 * torch.randn(like.shape, generator=generator)).to(like)
-
-    def give_states(module, args, output):
-        output.last_hidden_state = drawn(output.last_hidden_state)
-        seen.append(output.last_hidden_state)
-        return output
-
-    def give_logits(module, args, output):
-        seen.extend((args[0], drawn(output)))
-        return seen[-1]
-
-    hooks = [model.base_model.register_forward_hook(give_states),
-             head.register_forward_hook(give_logits)]
-    try:
-        with torch.no_grad():
-            found = model(input_ids=ids, use_cache=False).logits
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return False  # a base model or a head of another form
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return len(seen) == 3 and torch.equal(seen[0], seen[1]) and torch.equal(
-        found, seen[2].to(found.dtype))
-
-
 class ResponseLogprobs(nn.Module):
     """A causal LM that gives log-probabilities of the response tokens alone: its head never sees
     prompt or padding. Right padding needs no attention mask, since attention is causal."""
@@ -142,7 +108,7 @@ class ResponseLogprobs(nn.Module):
         # would make a new bf16 kernel for each batch's number of states.
         self.precise_head = models.is_small(model)
         # Some architectures scale or cap their logits: then theirs are taken.
-        self.plain_head = has_plain_head(model)
+        self.plain_head = head_of(model)[1]
         self.shares_prefix = self.plain_head and can_share_prefix(model.base_model, model.device)
 
     def _logits(self, ids, at, positions=None):

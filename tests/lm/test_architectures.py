@@ -8,10 +8,10 @@ import tiny
 import torch
 import transformers
 
-from cai_utils import preference
-from cai_utils.lm import kvcache, models, tokens, training
+from cai_utils import preference, sft
+from cai_utils.lm import architectures, kvcache, models, tokens, training
 from cai_utils.lm.sampling import Sampler
-from cai_utils.rl import networks, packing
+from cai_utils.rl import dpo, networks, packing
 
 SIZE = dict(vocab_size=259, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 BODY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
@@ -131,3 +131,22 @@ def test_memory_is_counted_layer_by_layer():
              for layer in gemma.config.per_layer_config]
     assert len(set(sizes)) == 2
     assert kvcache.bytes_per_token(gemma, gemma.config) == sum(sizes)
+
+
+@pytest.mark.parametrize("family, reads, plain", [
+    ("llama", True, True), ("opt", True, True), ("gemma2", True, False), ("cohere", True, False),
+    ("modernbert-decoder", False, False), ("electra", False, False), ("minicpm3", True, False),
+])  # fmt: skip
+def test_what_stands_between_states_and_logits(family, reads, plain):
+    model = families.model_of(family, 259).train()
+    assert architectures.head_of(model) == (reads, plain) and model.training
+
+
+def test_a_head_that_trl_would_misread_is_refused_before_training(tmp_path):
+    families.model_of("modernbert-decoder", 259).save_pretrained(tmp_path / "lm")
+    tiny.tokenizer().save_pretrained(tmp_path / "lm")
+    talk = {"messages": [*PROMPT, {"role": "assistant", "content": "Hello"}]}
+    for call in (lambda: sft.finetune(tmp_path / "lm", [talk], tmp_path / "out"),
+                 lambda: dpo.train(tmp_path / "lm", ROWS, [PROMPT], tmp_path / "out", {})):
+        with pytest.raises(ValueError, match="modernbert-decoder cannot be trained here"):
+            call()

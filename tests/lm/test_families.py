@@ -12,9 +12,10 @@ from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForSequenceClassification,
 )
+from trl.trainer.utils import add_fused_lm_head
 
 from cai_utils import preference
-from cai_utils.lm import kvcache
+from cai_utils.lm import architectures, kvcache
 from cai_utils.lm.sampling import Sampler
 from cai_utils.rl import networks, packing
 
@@ -106,6 +107,7 @@ def test_a_family_is_read_as_by_plain_passes(family):
             want = [logprobs_of(model, ids, TOKENIZER(c)["input_ids"])[0].sum() for c in CHOICES]
             np.testing.assert_allclose(row, torch.stack(want).log_softmax(0), atol=1e-4)
     check_networks(model)
+    check_trainer(model)
     if type(model.config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         model.config.num_labels = 1
         score = AutoModelForSequenceClassification.from_config(
@@ -130,6 +132,20 @@ def check_networks(model):
     for batch in batches(model):
         with torch.no_grad():
             np.testing.assert_allclose(net(*batch)[0], want, atol=1e-4)
+
+
+def check_trainer(model):
+    """trl's log-probabilities, from the head's weight, are the model's own, or it is refused."""
+    try:
+        architectures.check_head(model)
+    except ValueError:
+        return
+    ids, start = torch.tensor([IDS[0]]), len(IDS[0]) // 2
+    want, _ = logprobs_of(model, IDS[0][:start], IDS[0][start:])
+    add_fused_lm_head(model)
+    with torch.no_grad():
+        got = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs[0, start - 1 :]
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def check_scores(model):
