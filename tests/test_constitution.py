@@ -285,6 +285,16 @@ def test_a_published_principle_without_its_request(tmp_path, field):
         constitution.load(path)
 
 
+@pytest.mark.parametrize("broken", ["RLMadisonInstructions", "RLMadisonPrecogFewShotPrompts"])
+def test_a_broken_published_file_is_named(tmp_path, broken):
+    for name, data in PUBLISHED.items():
+        (tmp_path / name).write_text(json.dumps(data), encoding="utf-8")
+    (tmp_path / f"{broken}.json").write_text("[", encoding="utf-8")
+    for path in (tmp_path, tmp_path / "RLMadisonInstructions.json"):
+        with pytest.raises(ValueError, match=f"{broken}.json: not valid JSON"):
+            constitution.load(path)
+
+
 def test_the_published_files_themselves():
     root = os.environ.get("CAI_DATA_DIR")
     folder = Path(root or ".") / "constitutional_harmlessness_paper" / "prompts"
