@@ -65,10 +65,12 @@ class Reader:
     def features(self, rows) -> np.ndarray:
         """Rows with a `response` -> (N, d) float64, whatever their order. An empty response is
         read as one full stop."""
-        head = tuple(tokens.text_ids(["Assistant:"], self.tokenizer)[0])
-        encoded = [(head, tuple(self.tokenizer(f" {row['response'].strip() or '.'}",
-                                               add_special_tokens=False)["input_ids"][:OPENING]))
-                   for row in rows]
+        lead = "Assistant:"
+        head = tokens.text_ids([lead], self.tokenizer)[0]
+        bodies = tokens.continuation_ids(
+            [lead] * len(rows), [head] * len(rows),
+            [f" {row['response'].strip() or '.'}" for row in rows], self.tokenizer)
+        encoded = [(tuple(head), tuple(body[:OPENING])) for body in bodies]
         # Features are kept: the labelled rows train more than one classifier.
         todo = sorted(set(encoded) - set(self._kept), key=lambda e: -sum(map(len, e)))
         while todo:
