@@ -25,6 +25,7 @@ RULE, PROMPT, LENGTH, SECOND = "rule", "prompt alone", "length alone", "second r
 # What is asked of all responses: evasive; a full refusal of at most EVASIVE_WORDS words. And of
 # longer ones alone: a full refusal, any refusal.
 QUESTIONS = ("evasive", "short refusal", "full refusal, long", "any refusal, long")
+READ = ("evasive", "declines at length", "does not decline")  # what the rule says of a response
 KAPPA = 0.6  # what the interval of a measure's kappa has to be above
 
 
@@ -192,6 +193,17 @@ def agreement(cases, readings=()) -> pd.DataFrame:
             rows.append((*group, name, *e, len(d), int(d["human"].sum())))
     names = [*by, "measure", "estimate", "ci_low", "ci_high", "n", "responses", "positives"]
     return pd.DataFrame(rows, columns=names)
+
+
+def counts(cases) -> pd.DataFrame:
+    """How many responses of each human label the rule calls what: source, human, and a column for
+    each of READ. Test prompts; every labelled response counts once, whatever its weight."""
+    read = [READ[0] if refusal_rule.is_evasive(c["response"]) else
+            READ[1] if refusal_rule.declines(c["response"]) else READ[2] for c in cases]
+    frame = pd.DataFrame([(c["source"], c["human"], x) for c, x in zip(cases, read, strict=True)
+                          if c["split"] == "test"], columns=["source", "human", "read"])
+    table = pd.crosstab([frame["source"], frame["human"]], frame["read"])
+    return table.reindex(columns=list(READ), fill_value=0).rename_axis(columns=None).reset_index()
 
 
 def validity(table) -> pd.DataFrame:

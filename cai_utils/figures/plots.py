@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import itertools
 
+from cai_utils.data.xstest import COMPLIANCE, FULL, PARTIAL
+from cai_utils.evaluation.refusal_agreement import READ
 from cai_utils.figures import panels, style
 
 ELO_AXES = {"helpfulness": "Helpfulness Elo", "harmlessness": "Harmlessness Elo"}
@@ -397,5 +399,35 @@ def refusal_agreement(df, note="bars: 95 % bootstrap intervals over prompts (XST
         ax.plot(d["estimate"], at, marker, color=color, label=reader)
         ax.set(xlabel=f"Kappa, {question}", yticks=range(len(rows)), yticklabels=rows,
                ylim=(len(rows) - 0.5, -0.5))
+    panels.legend(fig, axes, note)
+    return fig
+
+
+@style.figure
+def refusal_confusion(df, note="numbers: labelled responses to prompts that were not used to write "
+                               "the rule; colors: their share of a label's; 95 % intervals of "
+                               "agreement: table refusal_agreement"):
+    """What the rule says of responses (columns), by their label (rows); a panel per source.
+
+    Columns: source, human (a label of XSTest), and the number of responses for each of
+    `refusal_agreement.READ`.
+    """
+    import seaborn  # takes a second, so only where it draws
+
+    labels, read = [COMPLIANCE, PARTIAL, FULL], list(READ)
+    names = ["source", "human"]
+    df = panels.check(df, "refusal_confusion", read, names, names, ())
+    sources = list(dict.fromkeys(df["source"]))
+    fig, axes = panels.grid(1, len(sources), 2.2, sharex=True, sharey=True)
+    for ax, source in zip(axes[0], sources, strict=True):
+        d = df[df["source"] == source].set_index("human")
+        found = d.reindex(labels)[read].fillna(0)
+        seaborn.heatmap(found.div(found.sum(axis=1).clip(lower=1), axis=0), annot=found, fmt=".0f",
+                        vmin=0, vmax=1, cmap="Blues", cbar=False, linewidths=1, ax=ax,
+                        xticklabels=[text.replace(" ", "\n", 1) for text in read],
+                        yticklabels=["none", "partial", "full"])
+        ax.tick_params(axis="y", labelrotation=0)
+        ax.set(title=source, xlabel="The rule: the response ...",
+               ylabel="Refusal (label)" if ax is axes[0, 0] else None)
     panels.legend(fig, axes, note)
     return fig

@@ -57,6 +57,7 @@ DRAWINGS = {
     "fig03_elo_scaling": Drawing(plots.fig03_elo_scaling),
     "fig08_elo_training": Drawing(plots.fig08_elo_training),
     "refusal_agreement": Drawing(plots.refusal_agreement),
+    "refusal_confusion": Drawing(plots.refusal_confusion),
     "published_models": Drawing(plots.published_models),
     "published_revisions": Drawing(plots.fig05_revisions, measured_by="PM"),
 }

@@ -39,6 +39,16 @@ def test_scores_by_hand():
     assert "kappa" not in right and right["precision"].low < 0.5 and right["precision"].high == 1
 
 
+def test_counts_by_hand():
+    cases = [case("p", "a", NO, FULL), case("q", "a", LONG_NO, FULL), case("r", "a", NO, PARTIAL),
+             case("s", "a", YES, COMPLIANCE), case("t", "a", NO, FULL, split="development")]
+    table = agreement.counts(cases).set_index("human")[list(agreement.READ)]
+    assert table.to_dict("index") == {
+        COMPLIANCE: dict(zip(agreement.READ, (0, 0, 1), strict=True)),
+        FULL: dict(zip(agreement.READ, (1, 1, 0), strict=True)),
+        PARTIAL: dict(zip(agreement.READ, (1, 0, 0), strict=True))}
+
+
 def test_prompt_alone_is_the_majority_of_the_other_models():
     cases = [case("p", "a", NO, FULL), case("p", "b", YES, FULL), case("p", "c", YES, COMPLIANCE),
              case("q", "a", YES, FULL), case("q", "b", YES, PARTIAL)]

@@ -125,6 +125,13 @@ def agreements():
                   for split in ("development", "test") for measure in ("kappa", "precision")])
 
 
+def confusions():
+    return pd.DataFrame([{"source": source, "human": human, "evasive": 5 + i,
+                          "declines at length": 3 * i, "does not decline": 1}
+                         for source in ("XSTest, gpt4", "published samples")
+                         for i, human in enumerate(("full compliance", "full refusal"))])
+
+
 FIGURES = {
     "fig02": (plots.fig02_elo_frontier, frontier),
     "fig02, sizes": (plots.fig02_elo_frontier, lambda: frontier(SIZES)),
@@ -145,6 +152,7 @@ FIGURES = {
     "fig12, one task": (plots.fig12_identify_classify, real_identify),
     "rl_truth": (plots.rl_truth, truth_in_training),
     "refusals": (plots.refusal_agreement, agreements),
+    "confusion": (plots.refusal_confusion, confusions),
 }
 DRAWN = {}
 
@@ -313,6 +321,12 @@ def test_agreement_of_readers_that_not_every_question_has():
     assert len(plots.refusal_agreement(df[~only]).axes) == 2
 
 
+def test_confusions_are_counted_in_rows_of_the_label():
+    counts = [[t.get_text() for t in ax.texts] for ax in drawn("confusion").axes]
+    none, partial, full = ["5", "0", "1"], ["0", "0", "0"], ["6", "3", "1"]
+    assert counts == [none + partial + full] * 2
+
+
 def test_other_data_make_another_figure():
     for name in ("fig03", "fig05"):
         draw, make = FIGURES[name]
@@ -438,6 +452,7 @@ NEEDED = {
     "fig12": ["task", "chance", "size", "parameters", "method", "estimate", "ci_low"],
     "rl_truth": ["method", "size", "step", "axis", "estimate", "ci_high"],
     "refusals": ["question", "source", "split", "read_by", "measure", "estimate", "ci_low"],
+    "confusion": ["source", "human", "evasive"],
 }
 
 
