@@ -137,9 +137,13 @@ def test_03_reaches_its_end_with_a_critic_on_a_server(lab, monkeypatch):
 @pytest.mark.parametrize("feedback_cot", [None, "chat"])
 def test_labels_and_their_calibration_are_the_feedback_models(lab, feedback_cot):
     shutil.copytree(models.SHIPPED / "xs", lab / "runs/smoke/models/sl_cai/xs")
+    files.write_rows(lab / "human.jsonl", [
+        {"prompt": "Ask.", "chosen": "Yes.", "rejected": "No.", "axis": "harmless",
+         "split": "eval"}])
     names = names_of(
         lab, "08_ai_feedback", "## Preference models", feedback=f"{lab}/other-{{size}}",
-        feedback_cot=feedback_cot and f"{lab}/{feedback_cot}", n_prompts=3, comparisons={},
+        feedback_cot=feedback_cot and f"{lab}/{feedback_cot}", n_prompts=3,
+        comparisons={"harmless": {"eval": f"{lab}/human.jsonl"}}, judge=None,
         prompts_redteam={"train": f"{lab}/train.jsonl"}, questions=f"{lab}/questions.jsonl",
         n_questions=None, cot_tokens=10, cot_samples_many=2)
     plain = lab / "other-xs"

@@ -81,7 +81,7 @@ def test_what_computes_nothing_changes_no_digest(package, file, pattern, replace
         ("critique.py", r"^STOPS = ", "STOPS = 1 and ", {"revise"}),
         ("preference.py", r"^(def soft_preference_loss\(.*?:\n)", r"\1    print()\n", {"train"}),
         ("sft.py", r"^class _Trainer\((\w)", r"class _Trainer(object, \1", {"finetune"}),
-        ("experiment/files.py", r'"rt", encoding="utf-8"', '"rt", encoding="latin-1"', {"read"}),
+        ("experiment/files.py", r'"utf-8-sig"', '"latin-1"', {"read"}),
         ("experiment/params.py", r"    return value\[size\]", "    return value", {"pick"}),
     ],
 )  # fmt: skip
