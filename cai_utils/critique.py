@@ -100,10 +100,10 @@ def revise(
         ]
         critiques = [None] * len(rows)
         if critiqued:
-            inputs = [prefix + _critique_input(*item, as_text)
+            inputs = [_behind(prefix, _critique_input(*item, as_text))
                       for item in zip(prompts, last, drawn, strict=True)]
             critiques = sample(inputs, step, "critique")
-        inputs = [prefix + _revision_input(*item, as_text)
+        inputs = [_behind(prefix, _revision_input(*item, as_text))
                   for item in zip(prompts, last, drawn, critiques, strict=True)]
         revisions = sample(inputs, step, "revision")
         for chain, principle, critique, revision in zip(
@@ -159,12 +159,23 @@ def _revision_input(prompt, response, principle, critique, as_text):
     return [*messages, {"role": "user", "content": request}]
 
 
+def _behind(prefix, asked):
+    """A request behind the examples; its own system message stands before them."""
+    if not isinstance(asked, str) and asked[0]["role"] == "system":
+        return [asked[0], *prefix, *asked[1:]]
+    return prefix + asked
+
+
 def _few_shot_prefix(examples, critiqued, as_text):
     """The few-shot prefix in the form of the inputs: one text, or a list of messages."""
     prefix = "" if as_text else []
     for e in examples:
+        prompt = e["prompt"]
+        if not as_text and prompt[0]["role"] == "system":  # of the example, not of what follows
+            text = f"{prompt[0]['content']}\n\n{prompt[1]['content']}"
+            prompt = [{**prompt[1], "content": text}, *prompt[2:]]
         request = _revision_input(
-            e["prompt"], e["response"], e, e["critique"] if critiqued else None, as_text
+            prompt, e["response"], e, e["critique"] if critiqued else None, as_text
         )
         if as_text:
             prefix += f"{request} {e['revision']}"

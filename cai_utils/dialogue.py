@@ -46,11 +46,11 @@ _READS = {}  # what `_reads` found out
 # those of tomorrow, and a model is sampled with the prompts that it is trained on. A template sees
 # no function that is passed to it, so this one stands before its text.
 _DATE = datetime.datetime(2024, 7, 26)
-_CODES = {f"%{c}": _DATE.strftime(f"%{c}") for c in "aAbBcdDeFhHIjmMpSTuUwWxXyY"}
+_CODES = {f"%{c}": _DATE.strftime(f"%{c}") for c in "aAbBcdDefFGhHIjmMpSTuUVwWxXyYzZ"}
 _CODES |= {f"%-{c[1]}": value.lstrip("0") or "0" for c, value in _CODES.items()}
 _DATED = ("{% macro strftime_now(format) %}{{ format"
           + "".join(f"|replace('{code}', '{value}')" for code, value in _CODES.items())
-          + " }}{% endmacro %}{{ '' }}")
+          + " }}{% endmacro %}\n")  # jinja drops the line break behind a block
 
 
 class Rendered(str):
@@ -137,7 +137,11 @@ def _from_template(messages, tokenizer, add_generation_prompt, parts=None):
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, **more)
-    except TemplateError as error:
+    except (TemplateError, TypeError, AttributeError, LookupError) as error:
+        if type(error) is not TemplateError:  # which a template raises itself
+            raise ValueError("the model's chat template fails on a conversation "
+                             f"({type(error).__name__}: {error}); mend it where it stands: "
+                             "chat_template.jinja or tokenizer_config.json") from None
         roles = ", ".join(m["role"] for m in messages)
         raise ValueError(
             f"the model's chat template refuses a conversation of these turns: {roles} ({error}); "

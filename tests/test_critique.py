@@ -247,3 +247,29 @@ def test_a_real_model_writes_the_same_chains_whatever_the_batch():
         answers = small.generate(asked, temperature=0, max_new_tokens=12, stop=critique.STOPS)
         assert answers[0][0].text.strip() == said
         assert (answers[1][0].text.strip() or old) == chain["responses"][step + 1]
+
+
+def test_system_messages_of_examples_and_rows():
+    """An example's own stays with the example; a row's stands first, as templates want it."""
+    system = {"role": "system", "content": "Be brief."}
+    user, said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "no"}
+    shot = {"prompt": [{**system, "content": "Be kind."}, user], "response": "no",
+            "critique_request": "C?", "critique": "rude", "revision_request": "R?",
+            "revision": "yes"}
+    own = constitution.Constitution("own", few_shot={"critique": [shot, shot]}, critiques=[
+        {"id": "k", "critique_request": "C?", "revision_request": "R?"}])
+    seen = []
+
+    class Chat:
+        tokenizer = tiny.Chat()
+
+        def generate(self, inputs, **_):
+            seen.extend(inputs)
+            return [[SimpleNamespace(text="no")] for _ in inputs]
+
+    critique.revise(Chat(), [{"prompt": [system, user]}], own, n_revisions=1, few_shot=True)
+    assert seen[0] == [system, user]
+    for asked in seen[1:]:
+        assert asked[0] == system and [m["role"] for m in asked].count("system") == 1
+        assert asked[1] == {"role": "user", "content": "Be kind.\n\nHi"}
+        assert asked[13:15] == [user, said]

@@ -245,3 +245,32 @@ def test_system_messages_in_public_templates(name):
         return
     shown = public.apply_chat_template(SYSTEM, tokenize=False, add_generation_prompt=True)
     assert render(SYSTEM, public) == shown and "Be brief." in shown
+
+
+@pytest.mark.parametrize("template, expected", [
+    ("### {{ messages[0]['content'] + '\n\n### Response:\n' }}", "### Hi\n\n### Response:\n"),
+    ("{{ 'Q: ' + messages[-1]['content'][:2] }}", "Q: Hi"),
+])
+def test_templates_that_do_not_show_the_last_turn_whole(template, expected):
+    assert render([{"role": "user", "content": "Hi"}], tokenizer(template)) == expected
+
+
+@pytest.mark.parametrize("template, message", [
+    ("{{ messages[0]['content'] + 1 }}", "template fails on a conversation .TypeError"),
+    ("{{ nothing() }}", "template fails on a conversation .UndefinedError"),
+    ("{% if %}", "template fails on a conversation .TemplateSyntaxError"),
+    ("{{ raise_exception('only one turn') }}", "refuses a conversation of these turns: user .only"),
+])
+def test_a_template_that_fails_is_told_from_one_that_refuses(template, message):
+    with pytest.raises(ValueError, match=message):
+        render([{"role": "user", "content": "Hi"}], tokenizer(template))
+
+
+def test_a_dated_template_is_rendered_as_without_the_date():
+    body = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    talk = [{"role": "user", "content": "Hi"}]
+    for start in ("", "  ", "\n", "  {% set a = 1 %}\n "):
+        dated = start + "{% set day = strftime_now('%Y%Z%f') %}\n{{ day }}" + body
+        plain = start + "{% set day = '2024000000' %}\n{{ day }}" + body
+        assert render(talk, tokenizer(dated)) == tokenizer(plain).apply_chat_template(
+            talk, tokenize=False)

@@ -16,7 +16,7 @@ class Completion:
     log-probability (nats) is that of the token under the temperature-scaled distribution before
     `top_p`; at temperature 0 under the unscaled one.
     finish_reason: "eos", "stop" (a stop string) or "length" (`max_new_tokens`, or the end of the
-    model's context).
+    model's context); from a server also "content_filter" and "tool_calls".
     """
 
     text: str

@@ -9,7 +9,6 @@ only where they spell it.
 from __future__ import annotations
 
 import contextlib
-import math
 import reprlib
 from itertools import accumulate
 from typing import NamedTuple
@@ -53,14 +52,17 @@ def completion(choice, as_text, strings=()):
     if not isinstance(text, str):
         raise ValueError(f"the server's answer is {reprlib.repr(text)}, which is no text")
     for logprob in logprobs:
-        if not _is_number(logprob) or not math.isfinite(logprob):
+        if not _is_number(logprob) or not _IMPOSSIBLE < logprob <= 0.01:
             raise ValueError(f"the server gives {reprlib.repr(logprob)} as log-probability of a "
                              "token that it sampled; look at the model's weights and dtype there")
     reason = choice.get("finish_reason")
     found = [at for s in strings if (at := text.find(s)) >= 0]  # some servers leave it in
     if found or any(isinstance(stop, str) for stop in named):
         text, reason = text[: min(found, default=len(text))], "stop"
-    elif reason != "length":
+    elif reason in ("abort", "error"):
+        raise ValueError(f"the server broke a completion off (finish_reason {reason!r}, behind "
+                         f"{text[-24:]!r}); look at the server")
+    elif reason not in ("length", "content_filter", "tool_calls"):
         reason = "stop" if strings and not named else "eos"
     return text, logprobs, reason
 

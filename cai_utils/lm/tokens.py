@@ -6,7 +6,9 @@ the package goes through it, so that a model is trained on the ids that it is sa
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from os.path import commonprefix
 
 import numpy as np
@@ -14,6 +16,8 @@ import torch
 
 from cai_utils import dialogue
 from cai_utils.lm.completion import render_all
+
+_OPEN = re.compile(r"<(\w*(?:think|reason)\w*)>\s*\Z")  # a prompt that ends in thoughts
 
 
 def special_ids(tokenizer) -> tuple[list[int], list[int]]:
@@ -98,12 +102,14 @@ def _spelled(prompt, continuation, joint, tokenizer):
 
     whole, alone = read(joint), ids_of(continuation)
     tried = [alone]
-    for lead in "\n.a0":
-        head, ids = ids_of(lead), ids_of(lead + continuation)
+    bare = continuation.removeprefix(" ")  # a tokenizer may join the spaces of both
+    for lead, end in itertools.product("\n.a0", dict.fromkeys((continuation, bare))):
+        head, ids = ids_of(lead), ids_of(lead + end)
         if ids[: len(head)] == head:
             tried.append(ids[len(head) :])
     right = (whole, read(prompt) + continuation)
-    exact = next((ids for ids in tried if ids and read(prompt + ids) in right), None)
+    exact = next((ids for text in right for ids in tried if ids and read(prompt + ids) == text),
+                 None)
     lost = tokenizer.unk_token_id in alone and whole.endswith(continuation)
     return alone if exact is None and not lost else exact
 
@@ -193,7 +199,13 @@ def _halves(messages, tokenizer):
     def shared(gap):  # the prompt ends as `start` does without the gap
         return len(commonprefix([start.removesuffix(gap)[::-1], prompt[::-1]]))
 
-    return prompt, (max(gaps, key=shared) + messages[-1]["content"] + end).rstrip()
+    response = (max(gaps, key=shared) + messages[-1]["content"] + end).rstrip()
+    if opened := _OPEN.search(prompt):
+        # It goes on in the thoughts that the prompt opens, or closes them before an answer alone.
+        thoughts, close = response.removeprefix(f"<{opened[1]}>"), f"</{opened[1]}>"
+        inside = thoughts.lstrip("\n") if thoughts != response else response
+        response = inside if close in response else f"\n{close}\n\n{response}"
+    return prompt, response
 
 
 def shorten_prompt(prompt, response, max_length, bos_id=None):

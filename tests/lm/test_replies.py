@@ -120,12 +120,25 @@ def sampled(**choice):
     (sampled(logprobs={"content": [{}]}), "a completion in a form that is not OpenAI's"),
     (sampled(logprobs={"token_logprobs": ["-0.5"]}), "'-0.5' as log-probability"),
     (sampled(logprobs={"token_logprobs": [math.nan]}), "nan as log-probability"),
+    (sampled(logprobs={"token_logprobs": [3.0]}), "3.0 as log-probability"),
+    (sampled(logprobs={"token_logprobs": [-9999.0]}), "-9999.0 as log-probability"),
+    (sampled(finish_reason="abort"), "broke a completion off .*'abort'"),
+    (sampled(finish_reason="error"), "broke a completion off .*'error'"),
     (sampled(logprobs={"token_logprobs": nested(200)}), "as log-probability"),
 ])  # fmt: skip
 def test_a_completion_with_rotten_numbers_is_named(change, said):
     with Parts("echo", change=change) as server:
         with pytest.raises(ValueError, match=f"input 0: .*{said}"):
             fast(server.url).generate(["a"])
+
+
+@pytest.mark.parametrize("given, stops, reason", [
+    ("stop", (), "eos"), ("stop", ("x",), "stop"), ("length", ("x",), "length"),
+    ("eos_token", (), "eos"), ("content_filter", ("x",), "content_filter"),
+    ("tool_calls", (), "tool_calls")])
+def test_how_a_completion_ended(given, stops, reason):
+    choice = {"text": "b", "finish_reason": given}
+    assert replies.completion(choice, True, stops) == ("b", [], reason)
 
 
 def test_content_that_is_no_text_is_named():

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import trl
-from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
@@ -249,7 +249,8 @@ ENDS = THINK.replace("</s>", "<pad>")
 
 @pytest.mark.parametrize("template, said, expected", [
     (THINK, "Now.", "Now.</s>"), (THINK, "", "</s>"),
-    (R1, "Now.", "Now.</s>"), (R1, "Well.\n</think>\n\nNow.", "Well.\n</think>\n\nNow.</s>"),
+    (R1, "Now.", "\n</think>\n\nNow.</s>"),
+    (R1, "Well.\n</think>\n\nNow.", "Well.\n</think>\n\nNow.</s>"),
     (COUNTS, "Now.", " Now.</s>"), (COUNTS_TRANSCRIPT, "Now.", " Now.</s>"),
     (ENDS, "Now.", "Now.<pad></s>"),
 ], ids=["think", "think, empty", "r1", "r1 with thoughts", "counts", "transcript", "ends"])
@@ -293,6 +294,9 @@ def test_public_templates(template, monkeypatch):
     assert "Hi" in text_of(tokenizer, found) and "Go on" in text_of(tokenizer, found)
     said = text_of(tokenizer, response)
     assert said.count("Now.") == 1 and said.endswith("</s>")
+    if text_of(tokenizer, found).rstrip().endswith("<think>"):  # an answer alone ends the thoughts
+        assert said.startswith("\n</think>\n\n")
+        said = said.removeprefix("\n</think>\n\n")
     whole = tokenizer.apply_chat_template(talk + answer, tokenize=False)
     assert whole.rstrip().removesuffix("</s>").rstrip().endswith(said.removesuffix("</s>").strip())
     assert not dialogue.uses_transcript(tokenizer)
@@ -388,3 +392,30 @@ def test_words_that_a_vocabulary_cannot_spell():
     # An unknown word is one token, and stays one: nothing is refused that is merely unknown.
     assert after("The answer is:", " zzz") == [[tokenizer.unk_token_id]]
     assert after("The answer is: ", "zzz") == [[tokenizer.unk_token_id]]
+
+
+@pytest.mark.parametrize("said, behind", [
+    ("<think>r</think>ok", "r</think>ok"), ("<think>\nr\n</think>\n\nok", "r\n</think>\n\nok"),
+    ("r</think>ok", "r</think>ok"), ("yes", "\n</think>\n\nyes")])
+def test_an_answer_behind_an_opened_block_of_thoughts(said, behind):
+    """R1's template: the prompt opens the block, and finished turns show what stands behind it."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<U>' + m['content'] }}{% else %}"
+        "{{ '<A>' + m['content'].split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<A><think>\n' }}{% endif %}")
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": said}]
+    [(prompt, response)] = tokens.encode([talk], tokenizer)
+    assert tokenizer.decode(prompt) == "<U>q<A><think>\n"
+    assert tokenizer.decode(response) == behind + "</s>"
+
+
+def test_a_tokenizer_that_joins_spaces():
+    tokenizer = tiny.sentencepiece("first")
+    inner = tokenizer.backend_tokenizer
+    inner.normalizer = normalizers.Replace(Regex(" {2,}"), " ")
+    texts = ["a  "]
+    prompts = tokens.text_ids(texts, tokenizer)
+    [found] = tokens.continuation_ids(texts, prompts, [" (A)"], tokenizer)
+    [whole] = tokens.text_ids(["a   (A)"], tokenizer)
+    assert tokenizer.decode(prompts[0] + found) == tokenizer.decode(whole) == "<s> a (A)"
