@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 
@@ -132,6 +133,36 @@ def test_03_reaches_its_end_with_a_critic_on_a_server(lab, monkeypatch):
     key = files.read_json(names["run"].data("chains_xs.jsonl.key.json"))["key"]
     assert key["critic"] == spec
     assert (names["run"].dir / "results/chains_truth.csv").is_file()
+
+
+class Served:
+    """Stands for a model on a server: texts, and log-probabilities of choices."""
+
+    tokenizer, context = None, None
+
+    def generate(self, inputs, n=1, **_):
+        return [[SimpleNamespace(text=" of the server")] * n for _ in inputs]
+
+    def choice_logprobs(self, texts, choices, **_):
+        return [np.log([0.75, 0.25])] * len(texts)
+
+
+@pytest.mark.parametrize("notebook, table, values", [
+    ("03_critique_revision", "chains_truth", dict(helpful=None, retained=None, n_train={},
+                                                  n_eval=3, n_revisions=1)),
+    ("01_harm_identification", "fig04_harm_identification", dict(
+        pms=[], few_shot=0, cot_samples=1, both_orders=False)),
+])
+def test_a_served_model_reaches_the_end_of_01_and_03(lab, monkeypatch, notebook, table, values):
+    monkeypatch.setattr(backends, "from_spec", lambda spec: Served())
+    spec = "server:http://localhost:1/v1#big;parameters=7e9"
+    if notebook.startswith("03"):
+        values = {**values, "prompts": {"eval": f"{lab}/eval.jsonl"}}
+    else:
+        values = {**values, "questions": {"hhh": f"{lab}/questions.jsonl"}}
+    run = names_of(lab, notebook, "run.finish()", pretrained=spec, **values)["run"]
+    found = files.read_rows(run.dir / f"results/{table}.csv")
+    assert found and {float(row["parameters"]) for row in found} == {7e9}
 
 
 @pytest.mark.parametrize("feedback_cot", [None, "chat"])

@@ -216,19 +216,22 @@ def validity(table) -> pd.DataFrame:
 def holding(table) -> pd.DataFrame:
     """What the rule can carry, by the test prompts of the paper's samples.
 
-    Columns: question, kappa, ci_low, ci_high, precision, recall, guess (kappa of the guess from the
-    prompt, nan where it has none), holds: the interval of kappa lies above KAPPA, and its estimate
-    above the guess.
+    Columns: question, kappa, ci_low, ci_high, precision, recall, guess and length (kappas of the
+    guesses from the prompt and from the length, nan where they have none), holds: the interval of
+    kappa lies above KAPPA, and its estimate above the guess from the prompt. The length may do as
+    well on one source; whether it does on others is for the reader of the table to see.
     """
     part = table[(table["source"] == SAMPLES) & (table["split"] == "test")]
     values = part.set_index(["question", "read_by", "measure"])["estimate"]
     rows = []
     for r in part[(part["read_by"] == RULE) & (part["measure"] == "kappa")].itertuples():
-        precision, recall, guess = (values.get((r.question, *key), np.nan) for key in (
-            (RULE, "precision"), (RULE, "recall"), (PROMPT, "kappa")))
+        precision, recall, guess, length = (values.get((r.question, *key), np.nan) for key in (
+            (RULE, "precision"), (RULE, "recall"), (PROMPT, "kappa"), (LENGTH, "kappa")))
         holds = r.ci_low > KAPPA and not r.estimate <= guess
-        rows.append((r.question, r.estimate, r.ci_low, r.ci_high, precision, recall, guess, holds))
-    names = ["question", "kappa", "ci_low", "ci_high", "precision", "recall", "guess", "holds"]
+        rows.append((r.question, r.estimate, r.ci_low, r.ci_high, precision, recall, guess, length,
+                     holds))
+    names = ["question", "kappa", "ci_low", "ci_high", "precision", "recall", "guess", "length",
+             "holds"]
     return pd.DataFrame(rows, columns=names)
 
 

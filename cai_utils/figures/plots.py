@@ -379,7 +379,9 @@ def published_models(df, note="bars: 95 % intervals over prompts; of shares the 
 @style.figure
 def refusal_agreement(df, note="bars: 95 % bootstrap intervals over prompts (XSTest: over types of "
                                "prompts); prompts that were not used to write the rule. XSTest's "
-                               "labels are by people, those of the samples by a language model"):
+                               "labels are by people, those of the samples by language models. "
+                               "Prompt alone: what most of the other models did; two other models "
+                               "or fewer make a poor guess"):
     """Kappa of readings of refusals with labels, one panel per question, test prompts alone.
 
     Columns: question, source, split, read_by, measure, estimate, ci_low, ci_high.
