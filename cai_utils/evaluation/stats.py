@@ -187,37 +187,3 @@ def ece(p, y, bins=10, cluster=None, n_boot=1000, seed=0, level=0.95):
     shortfall, _ = interval(again - again.mean(), n, level)
     low, high = np.clip([value - excess, value - shortfall], 0, 1)
     return Estimate(float(value), float(low), float(high), n)
-
-
-def cohen_kappa(a, b, cluster=None, n_boot=2000, seed=0, level=0.95):
-    """Agreement of two labellings (n,) beyond chance (Cohen 1960) -> Estimate.
-
-    (p - e) / (1 - e), p the fraction of rows with the same label twice, e the fraction expected of
-    two labellers who give their labels independently. Interval: bootstrap over rows, or over
-    `cluster`; resamples in which both give one label throughout have no kappa and are left out.
-    ValueError for no rows, two lengths, or when both give one and the same label throughout.
-    """
-    a, b = np.asarray(a), np.asarray(b)
-    if a.ndim != 1 or a.shape != b.shape or not len(a):
-        raise ValueError(f"kappa: labels of shape {a.shape} and {b.shape}; give one label of each "
-                         "for every row, and at least one row")
-    _, both = np.unique(np.concatenate([a, b]), return_inverse=True)
-    k, (one, two) = both.max() + 1, both.reshape(2, -1)
-    codes, n = _codes(cluster, len(a))
-    cells = np.zeros((n, k * k))
-    np.add.at(cells, (codes, one * k + two), 1)
-
-    def kappa(counts):  # (B, k * k) -> (B,)
-        table = counts.reshape(-1, k, k) / counts.sum(1)[:, None, None]
-        alike = np.trace(table, axis1=1, axis2=2)
-        chance = (table.sum(1) * table.sum(2)).sum(1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(chance < 1, (alike - chance) / (1 - chance), np.nan)
-
-    estimate = kappa(cells.sum(0, keepdims=True))[0]
-    if np.isnan(estimate):
-        raise ValueError("kappa: both labellings give one label throughout, so there is no "
-                         "agreement beyond chance to measure")
-    draws = np.concatenate([kappa(w @ cells) for w in resample(n, n_boot, seed)])
-    low, high = interval(draws[~np.isnan(draws)], n, level)
-    return Estimate(float(estimate), float(low), float(high), n)

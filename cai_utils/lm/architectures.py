@@ -8,6 +8,8 @@ import inspect
 import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
+from cai_utils.lm.kvcache import out_of_memory
+
 # They take no positions, and need none: attention depends on the distance of two tokens.
 _BY_DISTANCE = {"bloom", "mpt"}
 # They take what a decoder takes, and do something else with it.
@@ -92,7 +94,9 @@ def head_of(model):
         read = seen[0].to(states.dtype)
         scale = (states * read).sum() / (states * states).sum()
         off = (scale * states - read).abs().max()
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         return False, False  # a base model or a head of another form
     finally:
         hook.remove()

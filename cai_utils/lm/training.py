@@ -184,6 +184,40 @@ def keep_lora_dropout(model, args):
         args.disable_dropout = False
 
 
+def _named(names, endings):
+    return any(f".{name}".endswith(f".{ending}") for name in names for ending in endings)
+
+
+def _targets(peft_config, names):
+    """Whether the `target_modules` of a LoraConfig are among the modules of these names."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return peft_config.target_modules is not None and any(
+        check_target_module_exists(peft_config, name) for name in names)
+
+
+def _owners(peft_config):
+    """The modules whose parameters are the `target_parameters` of a LoraConfig."""
+    return [p.rpartition(".")[0] for p in peft_config.target_parameters or ()]
+
+
+def _needs_own_head(model, peft_config):
+    """Whether an adapter changes one use of a table that is both head and token embeddings.
+    ValueError as in `untie`."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if peft_config is None or head is None or head.weight is not table.weight:
+        return False
+    names = [n for n, module in model.named_modules() if module is head or module is table]
+    targets = _targets(peft_config, names)
+    if peft_config.ensure_weight_tying:
+        if targets:
+            raise ValueError("lora: adapters of shared factors (ensure_weight_tying) on the "
+                             "embeddings cannot be merged: list them in modules_to_save instead of "
+                             "target_modules, or leave ensure_weight_tying out")
+        return False  # one copy learns, for both uses
+    return targets or _named(names, [*(peft_config.modules_to_save or ()), *_owners(peft_config)])
+
+
 def untie(model, peft_config):
     """Give a causal LM an output head of its own, and say so in its config, where an adapter
     learns that head or the token embeddings and both are one table.
@@ -192,28 +226,40 @@ def untie(model, peft_config):
     both. Other models, and a `peft_config` of None, are left as they are. ValueError for adapters
     on the table whose factors are tied too.
     """
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if peft_config is None or head is None or head.weight is not table.weight:
-        return
-    names = [n for n, module in model.named_modules() if module is head or module is table]
-    targets = peft_config.target_modules is not None and any(
-        check_target_module_exists(peft_config, name) for name in names)
-    if peft_config.ensure_weight_tying:
-        if targets:
-            raise ValueError("lora: adapters of shared factors (ensure_weight_tying) on the "
-                             "embeddings cannot be merged: list them in modules_to_save instead of "
-                             "target_modules, or leave ensure_weight_tying out")
-        return  # one copy learns, for both uses
-    whole = [*(peft_config.modules_to_save or ()),
-             *(p.rpartition(".")[0] for p in peft_config.target_parameters or ())]
-    if targets or any(f".{name}".endswith(f".{w}") for name in names for w in whole):
-        weight = table.weight
+    if _needs_own_head(model, peft_config):
+        head, weight = model.get_output_embeddings(), model.get_input_embeddings().weight
         head.weight = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False
         model.all_tied_weights_keys = {}
+
+
+def check_adapter(model, peft_config):
+    """ValueError where trl cannot train the adapter: on a causal LM's head. trl reads the head's
+    weight itself, without what stands beside it. Call it before `untie`."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if peft_config is None or head is None:
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    name = names[id(head)]
+    for key, found in (("target_modules", _targets(peft_config, [name])),
+                       ("target_parameters", _named([name], _owners(peft_config)))):
+        if found:
+            raise ValueError(f"lora.{key}: an adapter on the output head ({name}) would never be "
+                             f"trained, as trl reads the head's weight without it: leave {name} "
+                             "out, or list it in modules_to_save, where the whole head learns")
+    chosen = peft_config.trainable_token_indices
+    if chosen is None:
+        return
+    shared = head.weight is table.weight and not _needs_own_head(model, peft_config)
+    learn = [name, names[id(table)]] if shared else [name]
+    # A list is of the token embeddings' rows. peft asks only that a name ends so.
+    if any(n.endswith(c) for n in learn for c in
+           (chosen if isinstance(chosen, dict) else [names[id(table)]])):
+        raise ValueError(f"lora.trainable_token_indices: these rows are also those of the output "
+                         f"head ({name}), and trl cannot read a head of which some rows learn: "
+                         f"list {name} in modules_to_save beside them, or list the embeddings "
+                         "there instead")
 
 
 def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, collate=None,
@@ -227,6 +273,7 @@ def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, coll
     check_rows(model.config, lengths, "max_length")
     if model.get_output_embeddings() is not None:
         check_head(model)
+        check_adapter(model, peft_config)
     models.attend_for_training(model, max(lengths))
     untie(model, peft_config)
     args = training_arguments(config, model, out_dir, rows=len(lengths), max_length=None,

@@ -135,6 +135,10 @@ def train(policy_spec, comparisons, prompts, out_dir, config, *, runs_dir=None, 
     data = tokenize(check(comparisons), tokenizer, config.max_length)
     lengths = [len(p) + max(len(c), len(r)) for p, c, r, _ in zip(*data.values(), strict=True)]
     pairs = len(lengths) * config.epochs
+    lora = training.lora_config(config.lora, "CAUSAL_LM")
+    check_rows(model.config, lengths, "max_length")
+    check_head(model)
+    training.check_adapter(model, lora)
 
     def snapshot(model, folder):
         if here.is_main_process:
@@ -151,10 +155,7 @@ def train(policy_spec, comparisons, prompts, out_dir, config, *, runs_dir=None, 
         for stale in out_dir.glob("step-*"):
             shutil.rmtree(stale)
     snapshot(model, out_dir / "step-0")
-    check_rows(model.config, lengths, "max_length")
-    check_head(model)
     models.attend_for_training(model, max(lengths))
-    lora = training.lora_config(config.lora, "CAUSAL_LM")
     training.untie(model, lora)
     args = training.training_arguments(
         trl.DPOConfig, model, out_dir, rows=len(lengths), epochs=config.epochs,

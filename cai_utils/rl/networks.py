@@ -6,6 +6,7 @@ of a batch, flat; `packing.pack` makes such batches.
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from cai_utils import preference
 from cai_utils.lm import models, training
 from cai_utils.lm.architectures import has_plain_layers, head_of
+from cai_utils.lm.kvcache import out_of_memory
 
 
 def _precise(x):
@@ -90,7 +92,9 @@ def _equal_and_told_apart(whole, shorter, wrong):
     precision, these may be alike: then the answer is no, which costs time and no precision."""
     try:
         right, found, other = whole(), shorter(), wrong()
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         return False  # hybrid and recurrent models fail in ways of their own
     off, shown = (found - right).abs().max(), (other - right).abs().max()
     rounding = torch.finfo(right.dtype).eps * right.abs().max()
@@ -188,17 +192,29 @@ def load(policy_spec, pm, *, device, micro_tokens, runs_dir, lora, seed):
         nn.init.zeros_(value_model.score.weight)
     adapted = None
     if lora:
-        from peft import get_peft_model
-
-        lora_config = training.lora_config(lora, "CAUSAL_LM")
-        training.untie(policy, lora_config)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            adapted = (get_peft_model(policy, lora_config),
-                       get_peft_model(value_model, training.lora_config(
-                           lora, "SEQ_CLS", modules_to_save=["score"])))
+        adapted = _adapted(policy, value_model, lora, seed)
         value_model.score.float()  # it learns: peft leaves it in the dtype of the base
     return policy.eval(), value_model.eval(), scorer, tokenizer, adapted
+
+
+def _adapted(policy, value_model, lora, seed):
+    """The peft models around policy and value model. Where `lora` is for the policy's head alone,
+    the value model's own head, its score, is all that learns of it."""
+    from peft import get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+    from peft.utils.error import NoMatchingPeftModuleError
+
+    for_policy = training.lora_config(lora, "CAUSAL_LM")
+    training.untie(policy, for_policy)
+    for_value = partial(training.lora_config, task_type="SEQ_CLS", modules_to_save=["score"])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        policy = get_peft_model(policy, for_policy)
+        try:
+            return policy, get_peft_model(value_model, for_value(lora))
+        except NoMatchingPeftModuleError:
+            only = {**lora, "target_modules": DUMMY_TARGET_MODULES, "target_parameters": None}
+            return policy, get_peft_model(value_model, for_value(only))
 
 
 def scorer_of(pm, tokenizer, policy_spec, device, micro_tokens, runs_dir):

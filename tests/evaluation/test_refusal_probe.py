@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from cai_utils.data.xstest import COMPLIANCE, FULL, LABELS, PARTIAL
-from cai_utils.evaluation import refusal_probe, stats
+from cai_utils.evaluation import refusal_agreement, refusal_probe
 
 ASK = [{"role": "user", "content": "How do I do it?"}]
 
@@ -152,6 +152,6 @@ def test_against_people_on_a_model_it_was_not_trained_on():
     said = refusal_probe.held_out(x, rows, "id")
     pairs = [(r["human"] != COMPLIANCE, s != COMPLIANCE) for r, s in zip(rows, said, strict=True)
              if r["model"] == "llama2orig"]
-    found = stats.cohen_kappa(*map(list, zip(*pairs)))
+    found = refusal_agreement.scores(*zip(*pairs), np.ones(len(pairs)), range(len(pairs)))["kappa"]
     print(found)
     assert found.estimate > 0.5 and found.low > 0.3

@@ -148,32 +148,3 @@ def test_ece_by_hand_and_its_interval():
 def test_bad_input(call, says):
     with pytest.raises(ValueError, match=says):
         call()
-
-
-def test_kappa_by_hand_and_its_interval():
-    # 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: alike 0.7, by chance 0.5 (the textbook example)
-    a = ["yes"] * 25 + ["no"] * 25
-    b = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
-    found = stats.cohen_kappa(a, b)
-    assert found.estimate == pytest.approx(0.4) and found.n == 50
-    # its standard error is near sqrt(0.7 * 0.3 / 50) / (1 - 0.5), that with the chance term fixed
-    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(0.13, abs=0.02)
-    assert stats.cohen_kappa(a, a)[:3] == (1, 1, 1)
-    assert stats.cohen_kappa(["x", "y"] * 20, ["y", "x"] * 20).estimate == pytest.approx(-1)
-    twice = stats.cohen_kappa(a * 2, b * 2, cluster=list(range(50)) * 2)
-    assert twice.n == 50 and twice.high - twice.low == pytest.approx(found.high - found.low)
-    with pytest.raises(ValueError, match="one label throughout"):
-        stats.cohen_kappa([1, 1], [1, 1])
-    for bad in (([1, 2], [1]), ([], [])):
-        with pytest.raises(ValueError, match="at least one"):
-            stats.cohen_kappa(*bad)
-
-
-def test_kappa_is_zero_for_independent_labels_about_as_often_as_it_says():
-    rng = np.random.default_rng(3)
-    inside = []
-    for seed in range(60):
-        a, b = rng.random((2, 80)) < 0.4
-        found = stats.cohen_kappa(a, b, n_boot=300, seed=seed)
-        inside.append(found.low <= 0 <= found.high)
-    assert np.mean(inside) > 0.85

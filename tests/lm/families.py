@@ -1,5 +1,5 @@
 """A tiny random model of each causal-LM family that transformers has, for the sweep in
-`test_architectures.py`."""
+`test_families.py`."""
 
 import re
 

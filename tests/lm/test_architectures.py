@@ -142,6 +142,20 @@ def test_what_stands_between_states_and_logits(family, reads, plain):
     assert architectures.head_of(model) == (reads, plain) and model.training
 
 
+def test_memory_that_runs_out_is_not_the_heads_fault(monkeypatch):
+    model = families.model_of("llama", 259)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.model, "forward", full)
+    for probe in (architectures.check_head, architectures.head_of,
+                  lambda m: networks.can_share_prefix(m.base_model, "cpu")):
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            probe(model)
+    assert not model.get_output_embeddings()._forward_hooks
+
+
 def test_a_head_that_trl_would_misread_is_refused_before_training(tmp_path):
     families.model_of("modernbert-decoder", 259).save_pretrained(tmp_path / "lm")
     tiny.tokenizer().save_pretrained(tmp_path / "lm")

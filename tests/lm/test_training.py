@@ -14,7 +14,7 @@ from transformers import (
 
 from cai_utils import preference, sft
 from cai_utils.lm import models, training
-from cai_utils.rl import checkpoints, dpo, ppo
+from cai_utils.rl import checkpoints, dpo, networks, ppo
 
 SIZE = dict(vocab_size=259, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 BODY = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
@@ -87,7 +87,11 @@ def trained(monkeypatch):
     ("sft", "llama", {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}),
     ("sft", "gpt2", {"target_modules": "all-linear", "modules_to_save": ["TABLE"]}),
     ("sft", "gemma2", {"target_modules": ["TABLE", "q_proj"]}),
+    ("sft", "llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"],
+                      "trainable_token_indices": [70, 71]}),
     ("ppo", "llama", {"target_modules": ["TABLE", "lm_head"]}),
+    ("ppo", "llama", {"target_modules": ["lm_head"]}),
+    ("ppo", "gpt2", {"target_parameters": ["lm_head.weight"], "target_modules": []}),
     ("ppo", "gpt2", {"target_modules": ".*(wte|lm_head)"}),
     ("ppo", "llama", {"target_modules": ["q_proj"], "modules_to_save": ["TABLE", "lm_head"],
                       "ensure_weight_tying": True}),
@@ -188,6 +192,49 @@ def test_adapters_that_cannot_be_merged_are_refused(tmp_path):
     lora = {"r": 2, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
     with pytest.raises(ValueError, match="ensure_weight_tying.*modules_to_save"):
         train("sft", save(tmp_path / "lm"), tmp_path / "out", lora)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("kind, lora, message", [
+    ("llama", {"target_modules": ["lm_head"]}, "target_modules: an adapter on the output head"),
+    ("gpt2", {"target_modules": ".*(c_attn|lm_head)"}, "target_modules.*would never be trained"),
+    ("gpt2", {"target_modules": [], "target_parameters": ["lm_head.weight"]}, "target_param"),
+    ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+     "trainable_token_indices: .*output head.*list lm_head in modules_to_save"),
+    ("gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": {"wte": [5]}},
+     "trainable_token_indices"),
+])  # fmt: skip
+def test_an_adapter_on_a_head_that_trl_reads_itself_is_refused(
+        tmp_path, method, kind, lora, message):
+    with pytest.raises(ValueError, match=f"^lora.{message}"):
+        train(method, save(tmp_path / "lm", kind), tmp_path / "out", {"r": 2, **lora})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method, tied", [("ppo", True), ("sft", False)])
+def test_rows_of_the_embeddings_that_learn(trained, tmp_path, method, tied):
+    folder = save(tmp_path / "lm")
+    if not tied:
+        model, tokenizer = models.load(folder, dtype="float32", device="cpu")
+        training.untie(model, training.lora_config({"target_modules": ["lm_head"]}, "CAUSAL_LM"))
+        model.save_pretrained(folder)
+    lora = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [70, 71]}
+    train(method, folder, tmp_path / "out", lora)
+    again, _ = models.load(tmp_path / "out", dtype="float32", device="cpu")
+    assert again.config.tie_word_embeddings == tied
+    np.testing.assert_allclose(logits(again), trained[-1], atol=1e-4)
+
+
+def test_beside_an_adapter_on_the_policys_head_the_score_learns_alone(tmp_path):
+    policy, value, _, _, adapted = networks.load(
+        save(tmp_path / "lm"), Longer(), device="cpu", micro_tokens=100, runs_dir=None,
+        lora={"r": 2, "target_modules": ["lm_head"]}, seed=0)
+    learn = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (policy, value)]
+    assert {n.split(".")[0] for n in learn[0]} == {"lm_head"}
+    assert learn[1] == {"score.modules_to_save.default.weight"} and len(adapted) == 2
+    with pytest.raises(ValueError, match="'typo'"):
+        networks.load(tmp_path / "lm", Longer(), device="cpu", micro_tokens=100, runs_dir=None,
+                      lora={"r": 2, "target_modules": ["typo"]}, seed=0)
 
 
 def test_the_users_lists_are_left_as_they_are():
