@@ -31,6 +31,7 @@ import yaml
 from cai_utils.data import formats
 from cai_utils.data.paper_prompts import READERS, question_forms, read
 from cai_utils.data.question_form import QuestionForm
+from cai_utils.experiment import yaml12
 from cai_utils.seeds import stable_int
 
 FOLDER = Path(__file__).parent / "constitutions"
@@ -74,7 +75,7 @@ def load(name_or_path) -> Constitution:
     if path.name in READERS:
         return _published(path.parent, [path.name])
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        data = yaml.load(path.read_text(encoding="utf-8"), yaml12.UniqueLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     return _check(data, path)
@@ -96,22 +97,6 @@ def draw(
             f"n_principles={n}: the constitution has {len(principles)} principles, give 1 to that"
         )
     return principles[stable_int("principle", seed, row, step, bits=62) % n]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a field written twice, of which the first would be lost silently."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = []
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":  # `<<: *other`: its fields may be overridden
-                continue
-            name = self.construct_object(key, deep=True)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the field {name!r} is there twice", problem_mark=key.start_mark)
-            seen.append(name)
-        return super().construct_mapping(node, deep)
 
 
 def _check(data, path) -> Constitution:

@@ -201,3 +201,26 @@ def test_labels_and_their_calibration_are_the_feedback_models(lab, feedback_cot)
 def test_a_model_that_is_not_there_is_found_before_the_work(lab, notebook, values, until):
     with pytest.raises(FileNotFoundError, match="no/such/model: no such model folder"):
         names_of(lab, notebook, until, **values)
+
+
+@pytest.mark.parametrize("files_of, human, held", [
+    ({"helpful": {"train": "c"}, "harmless": {"eval": "c"}}, 1, ["harmless"]),
+    ({"helpful": {"eval": "c"}, "harmless": {"train": "c", "eval": None}}, 0, ["helpful"]),
+    ({"helpful": None, "harmless": {"eval": "c"}}, 0, ["harmless"]),
+])
+def test_08_takes_axes_with_train_or_eval_alone(lab, files_of, human, held):
+    path = str(lab / "c.jsonl")
+    files.write_rows(path, [{"prompt": "Ask.", "chosen": "Yes.", "rejected": "No.", "split": split}
+                            for split in ("train", "eval")])
+    comparisons = {axis: given and {split: name and path for split, name in given.items()}
+                   for axis, given in files_of.items()}
+    names = names_of(lab, "08_ai_feedback", "## Pairs of responses", comparisons=comparisons,
+                     judge=None)
+    assert len(names["human"]) == human and sorted(names["held"]) == held
+    assert sorted(names["tests"]) == [f"human, {axis}" for axis in held]
+
+
+def test_08_asks_for_an_eval_where_no_axis_has_one(lab):
+    with pytest.raises(ValueError, match="give `eval` of at least one axis"):
+        names_of(lab, "08_ai_feedback", "## Pairs of responses", judge=None,
+                 comparisons={"harmless": {"train": "c"}})

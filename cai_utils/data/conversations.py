@@ -4,7 +4,8 @@ A prompt may be messages, a transcript ("\\n\\nHuman: ..."), or the text of one 
 stand as text in a CSV cell. A comparison's `chosen` and `rejected` may each be one answer to
 `prompt` (a message, or its text), or the whole conversation (messages, or a transcript). Then the
 turns before the last are the prompt, and a `prompt` field beside them, as in UltraFeedback, has to
-agree with them. An empty system message is none.
+agree with them; a system turn of it is kept. A text `system` beside them, as in Orca's pairs, is
+the system turn of `prompt`. An empty system message is none.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cai_utils import dialogue
 
 _TRANSCRIPT = re.compile(r"\s*Human:")
 _LISTED = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]""")
+_TURN = r"\n\r?\nAssistant:"
 _ONE_ANSWER = "has to be one assistant message or its text"
 
 
@@ -76,17 +78,19 @@ def pair(row) -> dict:
     one role in a row", "an empty prompt".
     """
     both = "chosen", "rejected"
-    # One answer alone that reads like a transcript is a text that a model wrote.
-    transcripts = all(isinstance(row.get(name), str) and _TRANSCRIPT.match(row[name])
-                      and "\nAssistant:" in row[name] for name in both)
-    chosen, rejected = (_side(row, name, transcripts) for name in both)
     given = row.get("prompt")
     given = None if given is None or given in ("", []) else prompt_of(given)
+    # One answer alone that reads like a transcript is a text that a model wrote; so are two with
+    # single line ends beside a prompt: transcripts have an empty line before each turn.
+    turn = _TURN if given else "\nAssistant:"
+    transcripts = all(isinstance(row.get(name), str) and _TRANSCRIPT.match(row[name])
+                      and re.search(turn, row[name]) for name in both)
+    chosen, rejected = (_side(row, name, transcripts) for name in both)
     alone = [len(side) == 1 and side[0]["role"] == "assistant" for side in (chosen, rejected)]
     if all(alone):
         if given is None:
             raise ValueError("missing field 'prompt'")
-        return {"prompt": given, "chosen": chosen, "rejected": rejected}
+        return {"prompt": with_system(given, row), "chosen": chosen, "rejected": rejected}
     for name, side, other in (("chosen", chosen, alone[1]), ("rejected", rejected, alone[0])):
         if len(side) == 1 and side[0]["role"] != "assistant" or len(side) > 1 and other:
             raise ValueError(f"'{name}' {_ONE_ANSWER}; or both sides are whole conversations")
@@ -94,7 +98,25 @@ def pair(row) -> dict:
     if given and not _agree(given, found["prompt"]):
         raise ValueError("'prompt' is not what 'chosen' and 'rejected' begin with: correct it, or "
                          "leave it out")
-    return found
+    prompt = found["prompt"]
+    for message in (given or [])[:1]:
+        if message["role"] == "system":
+            prompt = with_system(prompt, {"system": message["content"]})
+    return {**found, "prompt": with_system(prompt, row)}
+
+
+def with_system(messages, row) -> list[dict]:
+    """The messages, first the text that the row has as `system`. ValueError where they begin with
+    another system turn."""
+    text = row.get("system")
+    if not isinstance(text, str) or not text.strip():
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": text}, *messages]
+    if messages[0]["content"].split() != text.split():
+        raise ValueError(f"two system texts, {messages[0]['content']!r:.60} and {text!r:.60}: "
+                         "leave one out")
+    return messages
 
 
 def whole(chosen, rejected) -> dict:
@@ -166,21 +188,21 @@ def listed(value):
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return value
     return value
 
 
 def _listed(value):
     """Messages that a CSV cell holds as JSON, or as pandas writes lists and arrays of them."""
-    if not isinstance(value, str) or not _LISTED.match(value):
+    if not isinstance(value, str) or not _LISTED.match(value) or value.rstrip()[-1] != "]":
         return value
     found = listed(value)
     if found is not value:
         return found
     try:  # an array has no commas; line ends inside of texts are escaped
         return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", value.strip()))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError(f"{value!r:.80} looks like a list of messages, and is neither JSON nor "
                          "Python") from None
 
@@ -194,4 +216,5 @@ def _agree(given, prompt):
     def words(messages):
         return [(m["role"], m["content"].split()) for m in messages if m["role"] != "system"]
 
-    return words(given) == words(prompt) or len(given) == 1 and words(given)[0] in words(prompt)
+    said, shared = words(given), words(prompt)
+    return said == shared or len(said) == 1 and said[0] in shared

@@ -220,6 +220,9 @@ def validate(kind, row, where, **context) -> dict:
             row = {**row, **conversations.pair(row)}
         elif kind is Prompt and not row.get("prompt") and row.get("chosen"):
             row = {**row, "prompt": conversations.pair(row)["prompt"]}
+        elif kind is Prompt and row.get("system"):
+            prompt = conversations.prompt_of(row.get("prompt"))
+            row = {**row, "prompt": conversations.with_system(prompt, row)}
         return {**row, **_adapter(kind).validate_python(row, context=context)}
     except conversations.Malformed:
         raise

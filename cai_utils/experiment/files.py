@@ -21,9 +21,10 @@ def read_rows(path) -> list[dict]:
     """The rows of a .jsonl, .json, .csv or .parquet file; all but the last may be gzipped (.gz).
 
     JSON: one object a line (empty lines are skipped), or one array of objects. Text is UTF-8, with
-    or without a byte order mark. FileNotFoundError when the file is missing; ValueError, naming the
-    file and where there is one the line, for another ending or encoding, a Git LFS pointer, a
-    damaged file, and a line that is not a JSON object or has more cells than the CSV has columns.
+    or without a byte order mark. NaN and infinities, which pandas writes for missing numbers, are
+    None: JSON has none. FileNotFoundError when the file is missing; ValueError, naming the file and
+    where there is one the line, for another ending or encoding, a Git LFS pointer, a damaged file,
+    and a line that is not a JSON object or has more cells than the CSV has columns.
     """
     path = Path(path)
     if not path.exists():
@@ -85,10 +86,10 @@ def _json_rows(file, path):
 
 def _json(text, path, number):
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return finite(json.loads(text))
+    except (ValueError, RecursionError) as error:  # also: too many digits, nested too deeply
         why = "it looks like UTF-16: save it as UTF-8" if "\0" in text else error
-        number += error.lineno - 1
+        number += getattr(error, "lineno", 1) - 1
         raise ValueError(f"{path}, line {number}: not valid JSON ({why})") from error
 
 
@@ -112,7 +113,7 @@ def _parquet_rows(path):
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return finite(pyarrow.parquet.read_table(path).to_pylist())
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: not a whole Parquet file ({error}); fetch it again") from None
 

@@ -117,8 +117,9 @@ def parse_override(text: str) -> tuple[str, object]:
         raise ValueError(f"{text!r} is not a parameter; write name=value")
     try:
         return name, yaml12.load(value)
-    except yaml.YAMLError:
-        raise ValueError(f"the value of {text!r} is not valid YAML; quote it") from None
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None) or "no YAML"
+        raise ValueError(f"the value of {text!r} is not valid YAML; quote it ({why})") from None
 
 
 def as_override(name: str, value) -> str:

@@ -12,12 +12,29 @@ import re
 import yaml
 
 _BOOL, _WORD = "tag:yaml.org,2002:bool", "!word"
-_INT = re.compile(r"[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F]+|0b[01_]+)|0o[0-7]+")
+_INT = re.compile(r"[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F]+|0b_*[01][01_]*)|0o[0-7]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9][0-9_]*|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?"
                     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 
 
-class Loader(yaml.SafeLoader):
+class UniqueLoader(yaml.SafeLoader):
+    """YAML 1.1 that refuses a key written twice, of which the first would be lost silently."""
+
+    def compose_mapping_node(self, anchor):
+        # Here `<<: *other` is not yet its keys, which may be overridden.
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = self.construct_object(key)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the field {name!r} is there twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return node
+
+
+class Loader(UniqueLoader):
     """Reads YAML with the types above."""
 
     yaml_implicit_resolvers = {}  # none of YAML 1.1
@@ -64,7 +81,7 @@ class Dumper(yaml.SafeDumper):
 
 
 def load(text):
-    """The value of a YAML text; yaml.YAMLError where it is none."""
+    """The value of a YAML text; yaml.YAMLError where it is none, or has a key twice."""
     return yaml.load(text, Loader)
 
 

@@ -49,6 +49,26 @@ ONE = {"prompt": [ASK], "chosen": [YES], "rejected": [NO]}
       "rejected": "No."}, ONE),
     ({"prompt": "[1, 2] is a list?", "chosen": "Yes.", "rejected": "No."},
      {**ONE, "prompt": [say("user", "[1, 2] is a list?")]}),
+    ({"prompt": f"{json.dumps([ASK])} What is it?", "chosen": "Yes.", "rejected": "No."},
+     {**ONE, "prompt": [say("user", f"{json.dumps([ASK])} What is it?")]}),
+    # both answers look like transcripts, with single line ends and beside a prompt
+    ({"prompt": "Q", "chosen": "Human: a\nAssistant: b", "rejected": "Human: c\nAssistant: d"},
+     {"prompt": [say("user", "Q")], "chosen": [say("assistant", "Human: a\nAssistant: b")],
+      "rejected": [say("assistant", "Human: c\nAssistant: d")]}),
+    ({"prompt": "Is it so?", "chosen": "\r\n\r\nHuman: Is it so?\r\n\r\nAssistant: Yes.",
+      "rejected": "\r\n\r\nHuman: Is it so?\r\n\r\nAssistant: No."}, ONE),
+    # a system turn of the prompt alone, or a column of its own
+    ({"prompt": [SYSTEM, ASK], "chosen": [ASK, YES], "rejected": [ASK, NO]},
+     {**ONE, "prompt": [SYSTEM, ASK]}),
+    ({"prompt": [SYSTEM, ASK], "chosen": [*TALK, YES], "rejected": [*TALK, NO]},
+     {**ONE, "prompt": [SYSTEM, *TALK]}),
+    ({"system": "Be brief.", "prompt": "Is it so?", "chosen": "Yes.", "rejected": "No."},
+     {**ONE, "prompt": [SYSTEM, ASK]}),
+    ({"system": "Be brief.", "chosen": [ASK, YES], "rejected": [ASK, NO]},
+     {**ONE, "prompt": [SYSTEM, ASK]}),
+    ({"system": "Be brief.", **ONE, "prompt": [SYSTEM, ASK]}, {**ONE, "prompt": [SYSTEM, ASK]}),
+    ({"system": " ", "prompt": "Is it so?", "chosen": "Yes.", "rejected": "No."}, ONE),
+    ({"system": None, "prompt": "Is it so?", "chosen": "Yes.", "rejected": "No."}, ONE),
 ], ids=str)
 def test_every_form_becomes_the_same_row(row, wanted):
     given = json.dumps(row)
@@ -83,6 +103,9 @@ def test_every_form_becomes_the_same_row(row, wanted):
     ({**ONE, "chosen": [ASK, YES]}, "'chosen' has to be one assistant .*; or both sides are whole"),
     ({"prompt": "Other?", "chosen": [ASK, YES], "rejected": [ASK, NO]},
      "'prompt' is not what 'chosen' and 'rejected' begin with"),
+    ({"prompt": [say("system", "Be long."), ASK], "chosen": [SYSTEM, ASK, YES],
+      "rejected": [SYSTEM, ASK, NO]}, "two system texts, 'Be brief.' and 'Be long.'"),
+    ({"system": "Be long.", **ONE, "prompt": [SYSTEM, ASK]}, "two system texts"),
     ({**ONE, "axis": " "}, "'axis' is ' '"), ({**ONE, "axis": 3}, "'axis' is 3"),
 ], ids=str)
 def test_what_is_missing_or_no_text_is_named(tmp_path, row, fault):
@@ -122,3 +145,18 @@ def test_rows_that_say_nothing_are_skipped_counted_and_named(tmp_path):
 def test_a_side_that_is_no_list():
     with pytest.raises(conversations.Malformed, match="an empty last answer"):
         conversations.whole([], [ASK, NO])
+
+
+def test_a_system_column_is_the_first_turn_of_prompts(tmp_path):
+    path = tmp_path / "p.jsonl"
+    files.write_rows(path, [{"system": "Be brief.", "prompt": "Is it so?"},
+                            {"system": "", "prompt": "Is it so?"}])
+    rows = load.load_prompts(path)
+    assert [row["prompt"] for row in rows] == [[SYSTEM, ASK], [ASK]]
+    files.write_rows(path, rows)  # what was loaded once is loaded again
+    assert [row["prompt"] for row in load.load_prompts(path)] == [[SYSTEM, ASK], [ASK]]
+
+
+def test_a_prompt_that_looks_like_a_very_deep_list_is_named():
+    with pytest.raises(ValueError, match="looks like a list of messages"):
+        conversations.prompt_of('[{"role": ' + "[" * 100_000 + "]")

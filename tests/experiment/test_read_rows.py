@@ -35,6 +35,21 @@ def test_csv_with_a_byte_order_mark_gzipped_and_with_a_very_long_cell(tmp_path):
     assert files.read_rows(tmp_path / "r.csv.gz") == [{"a": "é" * 200_000, "b": "1"}]
 
 
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.parquet"])
+def test_nan_and_infinities_are_read_as_none_and_can_be_written(tmp_path, name):
+    table = pd.DataFrame({"id": ["x", "y"], "length": [math.nan, 1.5], "cost": [math.inf, 2.0]})
+    if name == "r.parquet":
+        table.to_parquet(tmp_path / name)
+    else:
+        rows = [json.dumps(row) for row in table.to_dict("records")]
+        text = f"[{', '.join(rows)}]" if name == "r.json" else "\n".join(rows)
+        (tmp_path / name).write_text(text.replace("Infinity", "1e999"))
+    rows = files.read_rows(tmp_path / name)
+    assert rows == [{"id": "x", "length": None, "cost": None},
+                    {"id": "y", "length": 1.5, "cost": 2.0}]
+    files.write_rows(tmp_path / "out.jsonl", rows)
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12345\n"
 WHOLE = gzip.compress(LINES.encode())
 
@@ -53,6 +68,8 @@ WHOLE = gzip.compress(LINES.encode())
     ("r.csv", b"a,b\n1,2\nx, y,z\n", "r.csv, line 3: more cells than the 2 columns"),
     ("r.json", b'[{"a": 1},\n "b"]', "r.json, line 1: a row .* JSON object, and entry 1 .* 'b'"),
     ("r.json", b'[{"a": 1},\n oops]', "r.json, line 2: not valid JSON"),
+    ("r.jsonl", b'{"a": 1}\n' + b'{"a":' * 100_000, "r.jsonl, line 2: not valid JSON .*recursion"),
+    ("r.jsonl", b'{"a": 1}\n{"a": ' + b"1" * 5000 + b"}", "r.jsonl, line 2: .*digits"),
     *((f"r.{ending}", POINTER, f"r.{ending}: a Git LFS pointer.*git lfs pull")
       for ending in ("jsonl", "jsonl.gz", "json", "csv", "parquet")),
 ])

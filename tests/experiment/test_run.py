@@ -143,6 +143,14 @@ def test_papermills_own_numbers_are_read_in_the_notebook(lab):
         experiment.start("04_revisions", {**namespace, "lr": cli._resolve_type("fast")})
 
 
+def test_a_parameter_written_twice_is_named(lab):
+    write(lab / "params" / "mini" / "04_revisions.yaml", "lr: {xs: 1, xs: 2}\n")
+    with pytest.raises(ValueError, match=r"04_revisions\.yaml is not .* field 'xs' is there twice"):
+        merge(lab)
+    with pytest.raises(ValueError, match="'lr={xs: 1, xs: 2}' .*the field 'xs' is there twice"):
+        params.parse_override("lr={xs: 1, xs: 2}")
+
+
 def test_broken_yaml_names_its_file(lab):
     write(lab / "params" / "mini" / "04_revisions.yaml", "a: [1\n")
     with pytest.raises(ValueError, match=r"04_revisions\.yaml is not valid YAML"):
