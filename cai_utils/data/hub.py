@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cai_utils.experiment.files import finite, refuse_pointer
+from cai_utils.experiment.files import refuse_pointer, without_nan
 
 _ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _FILES = re.compile(r".*\.(jsonl|json|csv|parquet|txt|tsv)(\.gz)?", re.IGNORECASE)
@@ -51,7 +51,7 @@ def read(spec, split=None) -> list[dict]:
             raise ValueError(f"{spec}: no split {name!r}; there are: {', '.join(data)}")
         data = data[name]
     ours = next((o for beginning, o in OURS.items() if name.startswith(beginning)), None)
-    return [{**row, "split": row.get("split") or ours} for row in finite(data.to_list())]
+    return [{**row, "split": row.get("split") or ours} for row in without_nan(data.to_list())]
 
 
 def _default(spec, names, split):

@@ -22,9 +22,9 @@ def read_rows(path) -> list[dict]:
 
     JSON: one object a line (empty lines are skipped), or one array of objects. Text is UTF-8, with
     or without a byte order mark. NaN and infinities, which pandas writes for missing numbers, are
-    None: JSON has none. FileNotFoundError when the file is missing; ValueError, naming the file and
-    where there is one the line, for another ending or encoding, a Git LFS pointer, a damaged file,
-    and a line that is not a JSON object or has more cells than the CSV has columns.
+    None (`without_nan`). FileNotFoundError when the file is missing; ValueError, naming the file
+    and where there is one the line, for another ending or encoding, a Git LFS pointer, a damaged
+    file, and a line that is not a JSON object or has more cells than the CSV has columns.
     """
     path = Path(path)
     if not path.exists():
@@ -86,7 +86,7 @@ def _json_rows(file, path):
 
 def _json(text, path, number):
     try:
-        return finite(json.loads(text))
+        return without_nan(json.loads(text))
     except (ValueError, RecursionError) as error:  # also: too many digits, nested too deeply
         why = "it looks like UTF-16: save it as UTF-8" if "\0" in text else error
         number += getattr(error, "lineno", 1) - 1
@@ -113,7 +113,7 @@ def _parquet_rows(path):
     import pyarrow.parquet
 
     try:
-        return finite(pyarrow.parquet.read_table(path).to_pylist())
+        return without_nan(pyarrow.parquet.read_table(path).to_pylist())
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: not a whole Parquet file ({error}); fetch it again") from None
 
@@ -191,6 +191,17 @@ def atomic(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def without_nan(value):
+    """A row, or a list of them, with None for NaN and infinities. In `p_chosen`, `weight` and
+    `score` they stay, and loaders refuse them: None would mean that nothing was said."""
+    if isinstance(value, list):
+        return [without_nan(row) for row in value]
+    if not isinstance(value, dict):
+        return finite(value)
+    return {key: v if key in ("p_chosen", "weight", "score") else finite(v)
+            for key, v in value.items()}
 
 
 def finite(value):

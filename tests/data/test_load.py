@@ -450,3 +450,16 @@ def test_the_real_xstest():
     safe, unsafe = (load.load_prompts(f"xstest/{label}") for label in ("safe", "unsafe"))
     assert (len(safe), len(unsafe)) == (250, 200) and safe[0]["kind"] == "sensitive"
     assert {r["kind"] for r in unsafe} == {"redteam"}
+
+
+@pytest.mark.parametrize("field", ["p_chosen", "extra"])
+def test_nan_is_nothing_but_where_a_label_belongs(tmp_path, field):
+    row = {"prompt": "Q", "chosen": "a", "rejected": "b", "axis": "helpful", "split": "train",
+           field: float("nan")}
+    (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n")
+    if field == "extra":
+        [found] = load.load_comparisons(tmp_path / "r.jsonl", "train")
+        assert found["p_chosen"] == 1 and found.get("extra") is None
+    else:
+        with pytest.raises(ValueError, match="p_chosen=nan has to be from 0.5 to 1"):
+            load.load_comparisons(tmp_path / "r.jsonl", "train")
