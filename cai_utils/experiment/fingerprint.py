@@ -23,6 +23,7 @@ from cai_utils.experiment.dependencies import (
     plain_python,
 )
 from cai_utils.experiment.files import PACKAGE
+from cai_utils.experiment.writing import whole
 
 
 def file_digest(path) -> str:
@@ -60,10 +61,12 @@ def canonical(value, name="key"):
     """
     if isinstance(value, float) and not math.isfinite(value):  # JSON has no such number
         return {"float": repr(float(value))}
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | float):
         return value
+    if isinstance(value, str):
+        return whole(value)
     if isinstance(value, dict):
-        return {str(k): canonical(v, f"{name}.{k}") for k, v in value.items()}
+        return {whole(str(k)): canonical(v, f"{name}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple):
         items = [canonical(v, f"{name}[{i}]") for i, v in enumerate(value)]
         # Long lists (all the prompts of a run) would make the record unreadable.
@@ -92,7 +95,7 @@ def digest(value) -> str:
 
 def _sha256(plain) -> str:
     text = json.dumps(plain, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def notebook_cells(path, parameters: bool = True) -> list[str]:

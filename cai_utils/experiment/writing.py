@@ -27,7 +27,7 @@ _REFUSED = {
 _IN_WORDS = re.compile(r"PytorchStreamWriter|unexpected pos \d+ vs \d+|requested and \d+ written")
 _DAY = 24 * 3600
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"  # process numbers mean nothing elsewhere
-_TEMPORARY = re.compile(r"\..*\.(\d+)-([0-9a-f]{8})[0-9a-f]{8}\.tmp(\.\w+)?", re.S)
+_TEMPORARY = re.compile(r"\..*\.(\d+)-([0-9a-f]{8})[0-9a-f]{8}\.tmp(\.[^.]*)?", re.S)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -150,7 +150,7 @@ def _missing(path, temporary, size) -> str:
     free = shutil.disk_usage(place).free
     if size is not None:
         return f"{_bytes(max(size - done - free, 0))} are missing, {_bytes(free)} are free"
-    more = f"it takes more than {_bytes(done + free)}, " if temporary else ""
+    more = f"it takes more than {_bytes(done + free)}, " if done else ""
     return f"{more}{_bytes(free)} are free"
 
 
