@@ -49,7 +49,8 @@ def check(rows):
 
 def train(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, max_length=512,
           seed=0, evaluate=None, report_to=(), runs_dir=None, lora=None, schedule="cosine",
-          warmup=0.05, weight_decay=0.0, gradient_checkpointing=False, gradient_accumulation=1):
+          warmup=0.05, weight_decay=0.0, gradient_checkpointing=False, gradient_accumulation=1,
+          checkpoint_every=600.0):
     """Train a score model with an L2 loss; saved as a PM's folder at `out_dir`, whose
     `preference.Scorer(out_dir).score(conversations)` is in the units of `score`.
 
@@ -81,6 +82,7 @@ def train(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, ma
         AbsoluteTrainer, RewardConfig, model, tokenizer, data, list(map(len, ids)), out_dir,
         collate=_collate,
         peft_config=training.lora_config(lora, "SEQ_CLS", modules_to_save=["score"]),
+        spec=spec_or_folder, runs_dir=runs_dir, lora=lora, checkpoint_every=checkpoint_every,
         report_to=report_to, gradient_checkpointing=gradient_checkpointing, **settings,
     )
     model = training.merge_adapter(trainer, spec_or_folder, "score", lora, runs_dir)
@@ -94,7 +96,7 @@ def train(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, ma
         "tokens": sum(map(len, ids)) * epochs, "score_mean": mean, "score_std": std,
         "log": trainer.state.log_history[:-1],
     }  # fmt: skip
-    metrics["seconds"] = time.time() - start
+    metrics["seconds"] = time.time() - start + trainer.seconds_before
     record = dict(base=str(spec_or_folder), stage="absolute", **settings, lora=lora,
                   max_length=max_length)
     training.save_trained(trainer, tokenizer, out_dir, {**record, **metrics})

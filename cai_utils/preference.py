@@ -108,7 +108,8 @@ def tokenize(rows, tokenizer, max_length=512):
 def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5e-4, max_length=512,
           seed=0, evaluate=None, report_to=(), runs_dir=None, lora=None, on_bad="raise",
           centre=True, schedule="cosine", warmup=0.05, weight_decay=0.0,
-          gradient_checkpointing=False, gradient_accumulation=1):
+          gradient_checkpointing=False, gradient_accumulation=1,
+          checkpoint_every=600.0):
     """Train a PM from any causal LM, or go on from a PM; saved as a HF folder at `out_dir`.
 
     comparisons: rows as in ARCHITECTURE.md, Rows; `p_chosen` is the soft target and `weight`
@@ -116,7 +117,8 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
     `comparisons.check`. `lr` suits models of 0.1 to 10M parameters. `lora`: as in
     `sft.finetune`; the head is trained too, and the adapter merged. `gradient_accumulation`:
     passes in which a step reads its batch, for less memory. The gradient is the mean over the
-    passes: that of one pass, except in an epoch's last step if it is not full.
+    passes: that of one pass, except in an epoch's last step if it is not full. `checkpoint_every`:
+    as in `sft.finetune`.
     `centre`: shift the scores so that their mean over the training responses (at most 2,000 of
     them) is 0: in the head's bias where it has one, else as `score_mean` in config.json, which
     `Scorer` subtracts. `score_std` is written beside it for those who want unit variance; it is
@@ -139,6 +141,7 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
         PreferenceTrainer, RewardConfig, model, tokenizer, data,
         [max(map(len, pair)) for pair in pairs], out_dir, collate=_collate,
         peft_config=training.lora_config(lora, "SEQ_CLS", modules_to_save=["score"]),
+        spec=spec_or_folder, runs_dir=runs_dir, lora=lora, checkpoint_every=checkpoint_every,
         report_to=report_to, gradient_checkpointing=gradient_checkpointing, **settings,
     )
     metrics = {
@@ -153,7 +156,7 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
     scorer = Scorer(model, tokenizer, max_length=max_length)
     if centre:
         metrics |= _centre(scorer, data, seed)
-    metrics["seconds"] = time.time() - start
+    metrics["seconds"] = time.time() - start + trainer.seconds_before
     record = dict(base=str(spec_or_folder), stage="preference", **settings, lora=lora,
                   max_length=max_length)
     training.save_trained(trainer, tokenizer, out_dir, {**record, **metrics})

@@ -115,7 +115,8 @@ def _pieces(rows, tokenizer, max_length):
 
 def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4, max_length=512,
              seed=0, runs_dir=None, report_to=(), lora=None, schedule="cosine", warmup=0.05,
-             weight_decay=0.0, gradient_checkpointing=False, gradient_accumulation=1):
+             weight_decay=0.0, gradient_checkpointing=False, gradient_accumulation=1,
+             checkpoint_every=600.0):
     """Finetune a causal LM on `rows`; model and tokenizer are saved as a HF folder at out_dir.
 
     rows: as in `tokenize`. `lr` suits models of 0.1 to 10M parameters (larger ones: 1e-5 to
@@ -123,7 +124,8 @@ def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4,
     With `"quantize": "4bit"` (or `"8bit"`) among them it is QLoRA: as in `models.load`.
     `schedule`: "cosine", "linear" or "constant_with_warmup"; `warmup`: fraction of the steps.
     `gradient_accumulation`: passes in which a step reads its batch, for less memory; the rows of
-    a step and their gradient are those of one pass.
+    a step and their gradient are those of one pass. `checkpoint_every`: seconds between two
+    checkpoints, in <out_dir>.partial, from which the same call goes on after a kill; 0: none.
 
     Returns {"train_loss": nats per trained token, mean over the steps, "tokens": tokens read
     without padding, "loss_tokens": those with a loss, "steps", "rows", "seconds",
@@ -139,7 +141,8 @@ def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4,
     lengths = [len(ids) for ids in data["input_ids"]]
     trainer, result = training.fit(
         _Trainer, SFTConfig, model, tokenizer, data, lengths, out_dir,
-        peft_config=training.lora_config(lora, "CAUSAL_LM"),
+        peft_config=training.lora_config(lora, "CAUSAL_LM"), spec=spec_or_folder,
+        runs_dir=runs_dir, lora=lora, checkpoint_every=checkpoint_every,
         report_to=report_to, gradient_checkpointing=gradient_checkpointing,
         dataset_kwargs={"skip_prepare_dataset": True}, **settings,
     )
@@ -151,7 +154,7 @@ def finetune(spec_or_folder, rows, out_dir, *, epochs=1, batch_size=32, lr=5e-4,
         "loss_tokens": int(sum(t != -100 for row in data["labels"] for t in row[1:]) * epochs),
         "steps": result.global_step,
         "rows": len(lengths),
-        "seconds": time.time() - start,
+        "seconds": time.time() - start + trainer.seconds_before,
         "tokens_per_second": n_tokens / result.metrics["train_runtime"],
         "log": trainer.state.log_history[:-1],
     }

@@ -130,7 +130,8 @@ def _model(folder, out, *, name, license, language, tables, limits):
     record = cards.without_paths(record, run_dir)
     scores = any("SequenceClassification" in a for a in config.get("architectures") or ())
     for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name not in ("training.json", "training_args.bin", "README.md"):
+        if file.is_file() and file.name not in (
+                "training.json", "finished.json", "training_args.bin", "README.md"):
             shutil.copy2(file, out / file.name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = tokenizer.chat_template or TEMPLATE

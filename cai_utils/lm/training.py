@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import shutil
 import sys
 import tempfile
 from functools import partial
@@ -20,7 +19,8 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import disable_dropout_in_model
 
 from cai_utils.experiment.files import write_json
-from cai_utils.lm import models
+from cai_utils.experiment.resume import whole_folder
+from cai_utils.lm import checkpoints, models
 from cai_utils.lm.architectures import check_head, check_rows
 
 
@@ -58,9 +58,9 @@ class LengthBuckets(Sampler):
         yield from order[full:]
 
 
-class LengthBatchedTrainer:
-    """A mixin for trl's trainers, whatever their loss: batches of similar length, and a loss that
-    is not finite stops the run. Nothing is reported to the hub.
+class LengthBatchedTrainer(checkpoints.ResumableTrainer):
+    """A mixin for trl's trainers, whatever their loss: batches of similar length, checkpoints, and
+    a loss that is not finite stops the run. Nothing is reported to the hub.
 
     lengths: number of tokens of each row. columns: those that the loss reads; None: trl's.
     """
@@ -71,7 +71,8 @@ class LengthBatchedTrainer:
         # The rows of a whole step: how they are divided changes nothing but memory.
         size = (self.args.train_batch_size * self.args.world_size
                 * self.args.gradient_accumulation_steps)
-        return LengthBuckets(self.lengths, size, self.args.seed)
+        self.sampler = LengthBuckets(self.lengths, size, self.args.seed)
+        return self.sampler
 
     def _set_signature_columns_if_needed(self):
         if self.columns is None:
@@ -125,7 +126,7 @@ def load_score_model(spec, seed, runs_dir=None, lora=None, new_head=False):
 def training_arguments(config, model, out_dir, *, rows, epochs, batch_size, lr, seed, report_to,
                        schedule, warmup, weight_decay, gradient_checkpointing=False,
                        gradient_accumulation=1, **more):
-    """`config` (SFTConfig or RewardConfig) for short runs that are saved once, at the end.
+    """`config` (SFTConfig or RewardConfig), without what saves: `checkpoints.train` does.
 
     `batch_size` is the number of rows in a step over all processes, each of which reads its part
     in `gradient_accumulation` passes. ValueError where they do not divide it.
@@ -262,13 +263,15 @@ def check_adapter(model, peft_config):
                          "there instead")
 
 
-def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, collate=None,
-        peft_config=None, **arguments):
-    """Train `model` on `data` ({column: one value per row}) -> (trainer, its TrainOutput).
+def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, spec, runs_dir, lora,
+        checkpoint_every, collate=None, peft_config=None, **arguments):
+    """Train `model`, that of `spec`, on `data` ({column: one value per row}) -> (trainer, its
+    TrainOutput).
 
     trainer_class: a `LengthBatchedTrainer`; config: its SFTConfig or RewardConfig, set by
     `training_arguments(**arguments)`; lengths: tokens of each row; collate: called with the rows
-    of a batch, `pad_id` and the `multiple` of tokens to pad to (None: trl's collator).
+    of a batch, `pad_id` and the `multiple` of tokens to pad to (None: trl's collator);
+    checkpoint_every: as in `checkpoints.train`. `save_trained` removes the checkpoints.
     """
     check_rows(model.config, lengths, "max_length")
     if model.get_output_embeddings() is not None:
@@ -288,11 +291,9 @@ def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, coll
     )
     trainer.lengths = lengths
     trainer.remove_callback(PrinterCallback)  # it prints every logging step
-    try:
-        return trainer, trainer.train()
-    finally:
-        if trainer.is_world_process_zero():
-            shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    settings = {name: value for name, value in arguments.items() if name != "report_to"}
+    return trainer, checkpoints.train(trainer, checkpoint_every, partial(
+        checkpoints.call_facts, trainer_class, data, spec, runs_dir, lora=lora, **settings))
 
 
 def merge_adapter(trainer, spec, head, lora, runs_dir=None):
@@ -331,24 +332,14 @@ def write_record(folder, record):
 
 
 def save_trained(trainer, tokenizer, out_dir, record):
-    """Write model, tokenizer and `record` (as training.json) to `out_dir`.
-
-    Files are moved into place one by one, config.json last, so that a folder that loads is a
-    complete one.
-    """
-    folder = trainer.args.output_dir
-    trainer.save_model(folder)  # every process takes part where the weights are sharded
-    if not trainer.is_world_process_zero():
-        return
-    tokenizer.save_pretrained(folder)
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    Path(folder, "training_args.bin").unlink(missing_ok=True)
-    write_record(folder, record)
-    new = sorted(os.listdir(folder), key=lambda name: name == "config.json")
-    for old in out_dir.glob("*.safetensors*"):
-        if old.name not in new:
-            old.unlink()  # shards of an earlier, larger model would be read along
-    for name in new:
-        os.replace(Path(folder, name), out_dir / name)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write model, tokenizer and `record` (as training.json) to `out_dir` (`whole_folder`), and
+    remove the checkpoints of the training."""
+    if trainer.is_world_process_zero():
+        with whole_folder(out_dir) as folder:
+            trainer.save_model(str(folder))
+            tokenizer.save_pretrained(folder)
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            write_record(folder, record)
+    else:  # every process takes part where the weights are sharded
+        trainer.save_model(trainer.args.output_dir)
+    checkpoints.clear(trainer)

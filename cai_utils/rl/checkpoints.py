@@ -1,24 +1,23 @@
 """Checkpoints of PPO, from which a killed run continues, and the models that it saves.
 
-A checkpoint is the folder `out_dir/checkpoint-<iteration>`: weights, optimizer and random states of
-every process (accelerate's `save_state`) and state.json (a `Progress`). With the seed, which
-determines the order of prompts, the samples and the minibatches, that is all that an iteration
-depends on. It is written atomically: a folder of that name is complete.
+A checkpoint (`experiment.resume`) is the folder `out_dir/checkpoint-<iteration>`: weights,
+optimizer and random states of every process (accelerate's `save_state`) and, in state.json, a
+`Progress`. With the seed, which determines the order of prompts, the samples and the minibatches,
+that is all that an iteration depends on. A finished run has `finished.json`: the history, and
+checksums of the model and of the snapshots.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
-from cai_utils.experiment import files, fingerprint, provenance
+from cai_utils.experiment import files, fingerprint, provenance, resume
 from cai_utils.lm import models
 
 # Fields of the config that do not change what is trained.
@@ -57,102 +56,132 @@ def key(config, prompts, function, processes, *, policy_spec, pm_folder, refresh
         return None
 
 
-class Checkpoints:
+class Checkpoints(resume.Checkpoints):
     """The checkpoints of one call of `ppo.train` in `out_dir`, with the `key` of that call (None:
-    no checkpoints)."""
+    no checkpoints). One of another call is refused: it may be all that is left of a long run."""
 
     def __init__(self, out_dir, key):
-        self.out_dir, self.here = Path(out_dir), PartialState()
+        super().__init__(out_dir, key, "ppo", PartialState(), keep_others=True)
         # Computed by one process, as all the others must do what it does.
-        self.key = broadcast_object_list([key])[0]
+        self.key = self.agreed(lambda: key)
+        self.snapshots = {}  # name: `resume.checksums` of a snapshot
 
     def stop(self, why):
         """No checkpoint from here on; prints why."""
         self.key = None
-        if self.here.is_main_process:
+        if self.main:
             print(f"ppo: no checkpoints: {why}", flush=True)
 
     def finished(self):
-        """The number of iterations of a finished run of the same call, or 0."""
-        record = files.read_json(self.out_dir / "training.json")
-        return record.get("iterations", 0) if self.key and record.get("key") == self.key else 0
+        """The history of a finished run of the same call whose model is whole, or None. What is
+        damaged is named and set aside; a history.csv that was changed is written anew."""
+        rows = self.agreed(self._finished)
+        return None if rows is None else pd.DataFrame(rows)
 
-    def find(self):
-        """(folder, Progress) of the last checkpoint, or (None, None). ValueError, which names the
-        differences, when it belongs to another call: it may be all that is left of a long run."""
-        found = [(f, state) for f, state in self._written() if state["key"] == self.key]
-        other = [(f, state) for f, state in self._written() if state["key"] != self.key]
-        if other and not found:
-            folder, state = other[-1]
-            now, then = self.key or {}, state["key"] or {}
-            changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
-            raise ValueError(
-                f"{folder} belongs to another run: it differs in {', '.join(changed)}. Remove that "
-                "folder to begin anew, choose another out_dir, or call as then to go on from it")
-        self.here.wait_for_everyone()
-        if self.here.is_main_process:
-            for stale in self.out_dir.glob(".checkpoint-*"):  # a kill while it was written
-                shutil.rmtree(stale)
-        self.here.wait_for_everyone()
-        if not found:
+    def _finished(self):
+        path = self.folder / "finished.json"
+        if self.key is None or not path.exists():
+            return None
+        record = resume.read_sealed(path)
+        if record is None:
+            resume.set_aside(path, f"ppo: {path} is damaged: the run begins anew")
+        if record is None or record["key"] != self.key:
+            return None
+        if not self._mended(record["model"], f"step-{record['history'][-1]['episode']}"):
+            return None
+        self._check_snapshots(record["snapshots"])
+        if resume.fault_of(self.folder, record["table"]):
+            print(f"ppo: {self.folder / 'history.csv'} is not as it was written: written anew",
+                  flush=True)
+            write_history(record["history"], self.folder)
+        return record["history"]
+
+    def _mended(self, model, last):
+        """Whether the final model is whole, or is again with the files of the last snapshot, which
+        are the same."""
+        while wrong := resume.fault_of(self.folder, model):
+            name, why = wrong
+            twin = resume.fault_of(self.folder / last, {name: model[name]}) is None
+            self._set_aside(self.folder / name, f"{self.folder / name}: {why}: " + (
+                f"taken from {last}" if twin else "the run begins anew"))
+            if not twin:
+                return False
+            shutil.copy2(self.folder / last / name, self.folder / name)
+        return True
+
+    def _check_snapshots(self, snapshots):
+        """Sets aside those that are not as they were saved; returns the others."""
+        whole = {}
+        for name, expected in snapshots.items():
+            folder = self.folder / name
+            wrong = resume.fault_of(folder, expected)
+            if wrong:
+                self._set_aside(folder, f"{folder / wrong[0]}: {wrong[1]}: this snapshot is lost; "
+                                        f"for it, remove {self.folder} and begin anew")
+            else:
+                whole[name] = expected
+        return whole
+
+    def _set_aside(self, path, say):
+        if path.exists():
+            resume.set_aside(path, f"ppo: {say}")
+        else:
+            print(f"ppo: {say}", flush=True)
+
+    def resume(self):
+        """(folder, Progress) of the last whole checkpoint, or (None, None); errors as in `find`."""
+        folder, state = self.find()
+        if folder is None:
             return None, None
-        folder, state = found[-1]
-        return folder, Progress(**{name: v for name, v in state.items() if name != "key"})
-
-    def _written(self):
-        """[(folder, state)] of the folders that `save` wrote, in the order of their iterations."""
-        read = [(f, files.read_json(f / "state.json"))
-                for f in self.out_dir.glob("checkpoint-*")]
-        return sorted((pair for pair in read if "iteration" in pair[1] and "key" in pair[1]),
-                      key=lambda pair: pair[1]["iteration"])
+        self.snapshots = self.agreed(lambda: self._check_snapshots(state["snapshots"]))
+        names = Progress.__dataclass_fields__
+        return folder, Progress(**{name: v for name, v in state.items() if name in names})
 
     def begin(self):
         """Removes what an earlier, other run left: its snapshots would mix into this one's."""
-        if self.here.is_main_process:
-            (self.out_dir / "training.json").unlink(missing_ok=True)
-            for stale in self.out_dir.glob("step-*"):
+        if self.main:
+            for name in ("training.json", "finished.json"):
+                (self.folder / name).unlink(missing_ok=True)
+            for stale in self.folder.glob("step-*"):
                 shutil.rmtree(stale)
-        self.here.wait_for_everyone()
+        self.wait()
+
+    def saved(self, folder):
+        """Notes the snapshot in `folder`, as it was just saved."""
+        if self.main and self.key is not None:
+            self.snapshots[folder.name] = resume.checksums(folder)
 
     def save(self, progress, accelerator):
-        """Written beside its place, renamed into it, and only then are older ones removed."""
-        if self.key is None:
-            return
-        folder = self.out_dir / f"checkpoint-{progress.iteration}"
-        temporary = self.out_dir / f".checkpoint-{progress.iteration}"
-        accelerator.save_state(str(temporary), safe_serialization=False)
-        self.here.wait_for_everyone()
-        if self.here.is_main_process:
-            files.write_json(temporary / "state.json", {"key": self.key, **vars(progress)})
-            os.replace(temporary, folder)
-            for old, _ in self._written():
-                if old != folder:
-                    shutil.rmtree(old)
-        self.here.wait_for_everyone()
+        needs = [progress.pm] if progress.pm and Path(progress.pm).exists() else []
+        self.write(progress.iteration,
+                   lambda folder: accelerator.save_state(str(folder), safe_serialization=False),
+                   needs, snapshots=self.snapshots, **vars(progress))
 
-    def finish(self, iterations, **settings):
-        """Writes training.json: the run is complete, with the settings that its card shows. Removes
-        the checkpoints."""
-        if self.here.is_main_process:
-            record = {**settings, "stage": "ppo", "iterations": iterations, "key": self.key}
-            files.write_json(self.out_dir / "training.json", record)
-            for old, _ in self._written():
-                shutil.rmtree(old)
-        self.here.wait_for_everyone()
+    def finish(self, history, **settings):
+        """Writes training.json, the settings that the model's card shows, and finished.json: the
+        run is complete, its final model that of the last snapshot. Removes the checkpoints."""
+        if self.main:
+            files.write_json(self.folder / "training.json",
+                             {**settings, "stage": "ppo", "iterations": len(history)})
+            if self.key is not None:
+                model = self.snapshots[f"step-{history[-1]['episode']}"]
+                resume.write_sealed(self.folder / "finished.json", {
+                    "key": self.key, "history": history, "snapshots": self.snapshots,
+                    "model": resume.checksums(self.folder, [self.folder / n for n in model]),
+                    "table": resume.checksums(self.folder, [self.folder / "history.csv"])})
+        self.wait()
+        self.clear()
+
+
+def write_history(history, out_dir):
+    """Writes out_dir/history.csv, a row per iteration."""
+    with files.atomic(Path(out_dir, "history.csv")) as temporary:
+        pd.DataFrame(history).to_csv(temporary, index=False)
 
 
 def save_model(model, tokenizer, folder, samples):
-    """Model, tokenizer and samples.jsonl, each file moved into place when it is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".saving-*"):  # of a run that was killed here
-        shutil.rmtree(stale)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
-    try:
+    """Model, tokenizer and samples.jsonl, moved into place when they are complete."""
+    with resume.whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         files.write_rows(temporary / "samples.jsonl", files.finite(samples))
-        # config.json last: a folder that loads is complete.
-        for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(temporary)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from cai_utils import dialogue
 from cai_utils.data.comparisons import check
 from cai_utils.experiment import files, launch
+from cai_utils.lm import checkpoints as lm_checkpoints
 from cai_utils.lm import models, tokens, training
 from cai_utils.lm.architectures import check_head, check_rows
 from cai_utils.lm.sampling import Sampler
 from cai_utils.preference import soft_preference_loss
 from cai_utils.rl import checkpoints, distributed
-from cai_utils.rl.config import CHECKED, Count, CountOr0, Positive, from_dict
+from cai_utils.rl.config import CHECKED, Count, CountOr0, NotNegative, Positive, from_dict
 
 
 @dataclass(config=CHECKED, frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class DPOConfig:
     temperature: Positive = 1.0  # of the samples beside a snapshot
     max_new_tokens: Count = 48  # the longest of them
     seed: CountOr0 = 0          # order of the pairs, samples, LoRA's start
+    checkpoint_every: NotNegative = 600.0  # seconds; 0: a killed run begins anew
 
 
 Config = DPOConfig
@@ -99,11 +102,17 @@ class _History(TrainerCallback):
         self.pairs, self.batch_size, self.path, self.log = pairs, batch_size, path, log
         self.rows = []
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        for logs in state.log_history:  # of a training that was killed
+            self._add(logs, logs["step"], state)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
+        self._add(logs, state.global_step, state)
+
+    def _add(self, logs, step, state):
         if "loss" not in logs or not state.is_world_process_zero:
             return
-        row = {"iteration": state.global_step,
-               "episode": min(state.global_step * self.batch_size, self.pairs),
+        row = {"iteration": step, "episode": min(step * self.batch_size, self.pairs),
                "loss": logs["loss"], "lr": logs["learning_rate"],
                **{k: v for k, v in logs.items() if k.startswith("rewards/")}}
         self.rows.append(row)
@@ -123,8 +132,9 @@ def train(policy_spec, comparisons, prompts, out_dir, config, *, runs_dir=None, 
 
     Written as by `ppo.train`: out_dir (the final model, `history.csv`), out_dir/step-0 and
     out_dir/step-<pairs seen>. Columns: iteration (steps), episode (pairs so far), loss (nats), lr,
-    rewards/chosen, /rejected, /margins (beta x log-ratio) and /accuracies. A call always begins
-    anew. ValueError for rows that are malformed or all too long, or a loss that is not finite.
+    rewards/chosen, /rejected, /margins (beta x log-ratio) and /accuracies. A killed call goes on
+    from its last checkpoint, in <out_dir>.partial; a finished one begins anew. ValueError for rows
+    that are malformed or all too long, or a loss that is not finite.
     """
     config, out_dir = from_dict(DPOConfig, config), Path(out_dir)
     if isinstance(comparisons, str | Path):
@@ -172,18 +182,17 @@ def train(policy_spec, comparisons, prompts, out_dir, config, *, runs_dir=None, 
         peft_config=lora, callbacks=[history])
     trainer.lengths = lengths
     trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train()
-    finally:
-        if here.is_main_process:
-            shutil.rmtree(args.output_dir, ignore_errors=True)
+    settings = {k: v for k, v in vars(config).items() if k != "checkpoint_every"}
+    lm_checkpoints.train(trainer, config.checkpoint_every, partial(
+        lm_checkpoints.call_facts, SoftDPOTrainer, data, policy_spec, runs_dir, **settings))
     model = trainer.accelerator.unwrap_model(trainer.model)
     model = model.merge_and_unload() if config.lora else model
     snapshot(model, out_dir / f"step-{pairs}")
     snapshot(model, out_dir)
     if here.is_main_process:
         files.write_json(out_dir / "training.json", {
-            "stage": "dpo", "base": str(policy_spec), "pairs": len(lengths), **vars(config)})
+            "stage": "dpo", "base": str(policy_spec), "pairs": len(lengths), **settings})
+    lm_checkpoints.clear(trainer)
     return pd.DataFrame(history.rows)
 
 

@@ -27,7 +27,6 @@ import torch
 
 from cai_utils import dialogue, preference
 from cai_utils.experiment import launch
-from cai_utils.experiment.files import atomic
 from cai_utils.rl import checkpoints, distributed, losses, networks, rollout
 from cai_utils.rl.config import PPOConfig
 from cai_utils.rl.learner import build
@@ -77,9 +76,10 @@ def train(policy_spec, pm_folder, prompts, out_dir, config, *, runs_dir=None, lo
         key = checkpoints.key(config, prompts, train, here.num_processes, policy_spec=policy_spec,
                               pm_folder=pm_folder, refresh=refresh, runs_dir=runs_dir)
     saved = checkpoints.Checkpoints(out_dir, key)
-    if saved.finished():
+    history = saved.finished()
+    if history is not None:
         print(f"ppo: {out_dir} holds this run, finished: taken as it is", flush=True)
-        return pd.read_csv(out_dir / "history.csv")
+        return history
     if saved.key is None and config.checkpoint_every:
         saved.stop("a PM or `refresh` that is an object without `key` cannot be compared")
 
@@ -90,18 +90,19 @@ def train(policy_spec, pm_folder, prompts, out_dir, config, *, runs_dir=None, lo
         saved.begin()
         progress = checkpoints.Progress(config.kl_coef)
         _snapshot(collector, out_dir / "step-0")
+        saved.saved(out_dir / "step-0")
     _loop(learner, collector, saved, progress, refresh, log)
     _snapshot(collector, out_dir)
     shown = ("episodes", "ppo_epochs", "minibatch", "lr", "kl_coef", "score_norm", "lora", "seed")
     pm = str(pm_folder) if isinstance(pm_folder, str | Path) else type(pm_folder).__name__
-    saved.finish(config.iterations, base=str(policy_spec), pm=pm,
+    saved.finish(progress.history, base=str(policy_spec), pm=pm,
                  **{name: getattr(config, name) for name in shown})
     return pd.DataFrame(progress.history)
 
 
 def _loop(learner, collector, saved, progress, refresh, log):
     """The iterations after `progress`, which is updated in place."""
-    config, out_dir = learner.config, saved.out_dir
+    config, out_dir = learner.config, saved.folder
     started, first = time.perf_counter(), progress.iteration + 1
     for iteration in range(first, config.iterations + 1):
         clock = [time.perf_counter()]
@@ -135,13 +136,15 @@ def _loop(learner, collector, saved, progress, refresh, log):
                 progress.kl_coef, row["objective/kl"], config.kl_target, config.episodes)
         progress.iteration = iteration
         progress.history.append(row)
-        if saved.here.is_main_process:
-            _write_history(progress.history, out_dir)
+        if saved.main:
+            checkpoints.write_history(progress.history, out_dir)
             _print_progress(row, config, first, started)
         # 8. Save a snapshot of the policy.
         logged = dict(row)
         if iteration == config.iterations or _due(config.snapshot_every, iteration):
-            logged["completions"] = _snapshot(collector, out_dir / f"step-{row['episode']}")
+            folder = out_dir / f"step-{row['episode']}"
+            logged["completions"] = _snapshot(collector, folder)
+            saved.saved(folder)
         # 9. Save a checkpoint, unless the run is over.
         if iteration < config.iterations and _due(config.checkpoint_every, iteration):
             for name, weight in learner.networks.named_parameters():
@@ -164,7 +167,7 @@ def _check(prompts, config, refresh, processes):
 
 def _resume(saved, learner, collector, refresh, log):
     """Restores everything from the last checkpoint -> its Progress, or None where there is none."""
-    folder, progress = saved.find()
+    folder, progress = saved.resume()
     if not folder:
         return None
     learner.accelerator.load_state(str(folder))
@@ -252,11 +255,6 @@ def _row(iteration, sampled, experience, metrics, learner, kl_coef, clock):
         "time/evaluate": clock[2] - clock[1],
         "time/update": clock[3] - clock[2],
     }
-
-
-def _write_history(history, out_dir):
-    with atomic(out_dir / "history.csv") as temporary:
-        pd.DataFrame(history).to_csv(temporary, index=False)
 
 
 def _print_progress(row, config, first, started):

@@ -1,5 +1,6 @@
 """PPO as a run: killed and resumed, on two processes, with LoRA, with a PM that is refreshed."""
 
+import errno
 import json
 import os
 import shutil
@@ -61,7 +62,7 @@ def test_a_killed_run_ends_bit_for_bit_where_an_unbroken_one_ends(lab, tmp_path,
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [p.name for p in broken.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert sorted(p.name for p in broken.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert len(pd.read_csv(broken / "history.csv")) == 5 and not (broken / "config.json").exists()
     capsys.readouterr()
     logged = []
@@ -108,6 +109,114 @@ def test_a_checkpoint_of_another_run_is_named_and_not_used(lab, tmp_path, capsys
     assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-best"]
 
 
+SHORT = dict(iterations=3, checkpoint_every=1, snapshot_every=1, episodes=8, max_new_tokens=4)
+DAMAGE = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "half": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "flipped": lambda file: file.write_bytes(flipped(file.read_bytes())),
+}
+
+
+def flipped(content):
+    at = len(content) // 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.fixture(scope="module")
+def stopped(lab, tmp_path_factory):  # noqa: F811
+    """A folder with a run that was stopped after its second checkpoint, and one that was not."""
+    root = tmp_path_factory.mktemp("stopped")
+
+    def stop(row):
+        if row["iteration"] == 2:
+            raise KeyboardInterrupt
+
+    run(lab, root / "whole", **SHORT)
+    with pytest.raises(KeyboardInterrupt):
+        run(lab, root / "out", log=stop, **SHORT)
+    return root
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["state.json", "pytorch_model.bin", "optimizer.bin",
+                                  "random_states_0.pkl"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
+        lab, stopped, tmp_path, capsys, name, damage):  # noqa: F811
+    out, last = tmp_path / "out", tmp_path / "out" / "checkpoint-2"
+    shutil.copytree(stopped / "out", out)
+    assert {f.name for f in last.iterdir()} == {"state.json", "pytorch_model.bin", "optimizer.bin",
+                                                "random_states_0.pkl"}
+    DAMAGE[damage](last / name)
+    (out / "damaged-checkpoint-2").mkdir()  # of an earlier time
+    run(lab, out, **SHORT)
+    told = capsys.readouterr().out
+    assert str(last / name) in told and "resumes from iteration 1 of 3" in told
+    assert same_weights(out, stopped / "whole") and not list(out.glob("checkpoint-*"))
+    assert (out / "damaged-checkpoint-2-2").is_dir()
+
+
+def test_what_else_a_stopped_run_left_may_be_damaged(lab, stopped, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    shutil.copytree(stopped / "out", out)
+    for n in (1, 2):
+        DAMAGE["empty"](out / f"checkpoint-{n}" / "state.json")
+    DAMAGE["half"](out / "history.csv")
+    run(lab, out, **SHORT)
+    told = capsys.readouterr().out
+    assert f"ppo: no whole checkpoint is left in {out}: begins anew" in told
+    assert same_weights(out, stopped / "whole") and len(pd.read_csv(out / "history.csv")) == 3
+
+    shutil.rmtree(out)
+    shutil.copytree(stopped / "out", out)
+    DAMAGE["flipped"](out / "step-8" / "model.safetensors")
+    run(lab, out, **SHORT)
+    told = capsys.readouterr().out
+    assert f"{out / 'step-8' / 'model.safetensors'}: its content" in told
+    assert "resumes from iteration 2" in told and same_weights(out, stopped / "whole")
+    assert (out / "damaged-step-8").is_dir() and not (out / "step-8").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "history.csv",
+                                  "samples.jsonl", "finished.json"])
+def test_a_finished_run_is_taken_only_as_it_was_written(lab, stopped, tmp_path, capsys, name):  # noqa: F811
+    out = tmp_path / "out"
+    shutil.copytree(stopped / "whole", out)
+    DAMAGE["flipped"](out / name)
+    history = run(lab, out, **SHORT)
+    told = capsys.readouterr().out
+    assert str(out / name) in told and len(history) == len(pd.read_csv(out / "history.csv")) == 3
+    assert ("holds this run, finished" in told) == (name != "finished.json")
+    for file in ("model.safetensors", "config.json", "samples.jsonl"):
+        assert (out / file).read_bytes() == (stopped / "whole" / file).read_bytes()
+    # Without a whole copy of the model there is nothing to take.
+    DAMAGE["half"](out / "model.safetensors")
+    DAMAGE["missing"](out / "step-24" / "model.safetensors")
+    run(lab, out, **SHORT)
+    assert "bytes and was written with" in (told := capsys.readouterr().out)
+    assert "the run begins anew" in told and same_weights(out, stopped / "whole")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(lab, stopped, tmp_path, monkeypatch):  # noqa: F811
+    out, save = tmp_path / "out", torch.save
+    shutil.copytree(stopped / "out", out)
+    shutil.rmtree(out / "checkpoint-2")
+
+    def full(value, path, *rest, **more):
+        save(value, path, *rest, **more)
+        if "optimizer" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="the disk is full .* make room") as error:
+        run(lab, out, **SHORT)
+    assert error.value.filename == str(out / ".checkpoint-2")
+    assert [f.name for f in out.glob("*checkpoint-*")] == ["checkpoint-1"]
+    monkeypatch.undo()
+    run(lab, out, **SHORT)
+    assert same_weights(out, stopped / "whole")
+
+
 class Judge:
     """Counts w3; says NaN from its `bad`-th call on."""
 
@@ -128,7 +237,8 @@ def test_not_finite_keeps_the_last_good_checkpoint(lab, tmp_path):  # noqa: F811
     whole = run(lab, tmp_path / "whole", judge=Judge(), **how)
     with pytest.raises(ValueError, match="the PM score is not finite in iteration 4"):
         run(lab, tmp_path / "out", judge=Judge(bad=5), **how)  # call 1: the snapshot at the start
-    assert [f.name for f in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    kept = sorted(f.name for f in (tmp_path / "out").glob("checkpoint-*"))
+    assert kept == ["checkpoint-2", "checkpoint-3"]
     mended = run(lab, tmp_path / "out", judge=Judge(), **how)
     pd.testing.assert_frame_equal(steady(mended), steady(whole), check_exact=True)
 
