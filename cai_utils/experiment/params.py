@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import glob
 import importlib
 import json
@@ -18,8 +17,9 @@ from pathlib import Path
 
 import yaml
 
-from cai_utils.experiment import yaml12
-from cai_utils.experiment.kinds import fitted, lines_of
+from cai_utils.experiment import rules, yaml12
+from cai_utils.experiment.kinds import check_name as check_name
+from cai_utils.experiment.kinds import fitted, lines_of, unknown
 
 
 # ---------------------------------------------------------------- what params name
@@ -63,20 +63,6 @@ def source(run, spec, made_by="00_miniature"):
     return f"{found}[{part}" if bracket else found
 
 
-_NOT_IN_NAMES = r"[/\\\x00-\x1f\x7f\ud800-\udfff]"
-
-
-def check_name(value, what) -> str:
-    """`value` itself, which is to be the name of a file or folder; ValueError, naming `what`, where
-    it cannot be one or would lead to another folder."""
-    text = value if isinstance(value, str) else ""
-    wrong = text.strip() in ("", ".", "..") or text[0] == "-" or re.search(_NOT_IN_NAMES, text)
-    if wrong or len(text.encode()) > 200:
-        raise ValueError(f"{what}={value!r:.90} cannot be the name of a file or folder: give 1 to "
-                         "200 bytes without / and \\, not '.' or '..', no dash at the beginning")
-    return text
-
-
 # ---------------------------------------------------------------- profiles and their values
 GRID = "grid"  # key of a notebook's YAML that tells the Snakefile which runs there are
 
@@ -90,13 +76,6 @@ def profiles(root) -> list[str]:
 def notebooks(root) -> list[str]:
     """Names (without .ipynb) of the notebooks in `notebooks/`."""
     return sorted(p.stem for p in (Path(root) / "notebooks").glob("*.ipynb"))
-
-
-def unknown(kind: str, name: str, known: list[str]) -> ValueError:
-    """The error for a name that is none of the known ones, with the nearest of them."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"; nearest: {', '.join(near)}" if near else ""
-    return ValueError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known) or 'none'}")
 
 
 def check_profile(root, profile: str) -> str:
@@ -181,8 +160,6 @@ def _cell(notebook_path) -> str:
 def _fitted(notebook_path, values: dict) -> dict:
     """`values` with the notebook's kinds of numbers; ValueError as `kinds.fitted` and
     `rules.check`."""
-    from cai_utils.experiment import rules  # it takes `check_name` from here
-
     source, name = _cell(notebook_path), Path(notebook_path).stem
     known = _assigned(source)
     values = fitted(values, known, lines_of(source), f"{name}: ")
@@ -280,9 +257,7 @@ def merge_params(root, notebook: str, profile: str, overrides: dict | None = Non
     specific = read_params(root / notebook_file)
     grid = specific.pop(GRID, None)
     if grid is not None:
-        from cai_utils.experiment.rules import check_grid
-
-        check_grid(notebook, grid, cell, f"{notebook_file}: ")
+        rules.check_grid(notebook, grid, cell, f"{notebook_file}: ")
         check_sizes(root, {"profile": profile, **({"sizes": grid["sizes"]} if "sizes" in grid
                                                   else {})}, f"{notebook_file}: grid: ")
     common = read_params(root / "params" / profile / "_common.yaml")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cai_utils.experiment import registry
-from cai_utils.experiment.params import check_name, unknown
+from cai_utils.experiment.kinds import check_name, unknown
 
 
 class Rule(NamedTuple):
