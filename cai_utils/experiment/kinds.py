@@ -1,4 +1,4 @@
-"""Parameters' values as numbers and booleans where the notebook has numbers and booleans.
+"""Parameters' values: what can be a name, and numbers and booleans where the notebook has numbers and booleans.
 
 Values come from YAML files and the command line (`yaml12`), from papermill, whose YAML leaves 5e-4
 as text, and from people, who put numbers in quotes. The rule, at any depth:
@@ -14,11 +14,33 @@ as text, and from people, who put numbers in quotes. The rule, at any depth:
 from __future__ import annotations
 
 import ast
+import difflib
 import math
+import re
 
 from cai_utils.experiment import yaml12
 
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+_NOT_IN_NAMES = r"[/\\\x00-\x1f\x7f\ud800-\udfff]"
+
+
+def check_name(value, what) -> str:
+    """`value` itself, which is to be the name of a file or folder; ValueError, naming `what`, where
+    it cannot be one or would lead to another folder."""
+    text = value if isinstance(value, str) else ""
+    wrong = text.strip() in ("", ".", "..") or text[0] == "-" or re.search(_NOT_IN_NAMES, text)
+    if wrong or len(text.encode()) > 200:
+        raise ValueError(f"{what}={value!r:.90} cannot be the name of a file or folder: give 1 to "
+                         "200 bytes without / and \\, not '.' or '..', no dash at the beginning")
+    return text
+
+
+def unknown(kind: str, name: str, known: list[str]) -> ValueError:
+    """The error for a name that is none of the known ones, with the nearest of them."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    return ValueError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known) or 'none'}")
 
 
 def fitted(values: dict, defaults: dict, lines: dict | None = None, where: str = "") -> dict:

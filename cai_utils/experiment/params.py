@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import glob
 import importlib
 import json
@@ -18,8 +17,9 @@ from pathlib import Path
 
 import yaml
 
-from cai_utils.experiment import yaml12
-from cai_utils.experiment.kinds import fitted, lines_of
+from cai_utils.experiment import rules, yaml12
+from cai_utils.experiment.kinds import check_name as check_name
+from cai_utils.experiment.kinds import fitted, lines_of, unknown
 
 
 # ---------------------------------------------------------------- what params name
@@ -78,16 +78,10 @@ def notebooks(root) -> list[str]:
     return sorted(p.stem for p in (Path(root) / "notebooks").glob("*.ipynb"))
 
 
-def _unknown(kind: str, name: str, known: list[str]) -> ValueError:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"; nearest: {', '.join(near)}" if near else ""
-    return ValueError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known) or 'none'}")
-
-
 def check_profile(root, profile: str) -> str:
     """`profile` itself; ValueError listing the known ones when there is no such folder."""
     if profile not in profiles(root):
-        raise _unknown("profile", str(profile), profiles(root))
+        raise unknown("profile", str(profile), profiles(root))
     return profile
 
 
@@ -164,9 +158,13 @@ def _cell(notebook_path) -> str:
 
 
 def _fitted(notebook_path, values: dict) -> dict:
-    """`values` with the notebook's kinds of numbers; ValueError as `kinds.fitted`."""
-    source = _cell(notebook_path)
-    return fitted(values, _assigned(source), lines_of(source), f"{Path(notebook_path).stem}: ")
+    """`values` with the notebook's kinds of numbers; ValueError as `kinds.fitted` and
+    `rules.check`."""
+    source, name = _cell(notebook_path), Path(notebook_path).stem
+    known = _assigned(source)
+    values = fitted(values, known, lines_of(source), f"{name}: ")
+    rules.check(name, values, known, f"{name}: ")
+    return values
 
 
 def _assigned(source: str) -> dict:
@@ -197,7 +195,7 @@ def from_namespace(root, notebook: str, namespace) -> dict:
     path = Path(root) / "notebooks" / f"{notebook}.ipynb"
     if not path.is_file():
         if "__name__" in namespace:
-            raise _unknown("notebook", notebook, notebooks(root))
+            raise unknown("notebook", notebook, notebooks(root))
         return dict(namespace)
     names = declared(path)
     common = Path(root) / "params" / str(namespace.get("profile")) / "_common.yaml"
@@ -206,7 +204,7 @@ def from_namespace(root, notebook: str, namespace) -> dict:
     passed = [*names, *read_params(common), GRID] if "__name__" in namespace else names
     for name in given:
         if name not in passed:
-            error = _unknown("parameter", name, names)
+            error = unknown("parameter", name, names)
             raise ValueError(f"{notebook}: {error} (its parameters cell)")
     return _fitted(path, {name: namespace[name] for name in names if name in namespace})
 
@@ -226,17 +224,17 @@ def known_sizes(common: dict) -> list[str] | None:
 
 
 def check_sizes(root, params: dict, where: str = "") -> None:
-    """ValueError when `size` or an item of `sizes` is not one of the profile's."""
+    """ValueError when a size, or an item of `sizes`, is not one of the profile's."""
     common = Path(root) / "params" / params["profile"] / "_common.yaml"
     known = known_sizes(read_params(common))
     asked = params.get("sizes", [])
     if "sizes" in params and (not isinstance(asked, list | tuple) or not asked):
         raise ValueError(f"{where}sizes={asked!r}: give a list of at least one size, as [xs, s]")
-    asked = list(asked)
-    asked += [params["size"]] if params.get("size") is not None else []
+    single = (params.get(name) for name in ("size", "pm_size", "kinds_size"))
+    asked = [*asked, *(size for size in single if size is not None)]
     for size in asked:
         if known is not None and str(size) not in known:
-            error = _unknown("size", str(size), known)
+            error = unknown("size", str(size), known)
             raise ValueError(f"{where}{error} (params/{params['profile']}/_common.yaml)")
 
 
@@ -251,13 +249,17 @@ def merge_params(root, notebook: str, profile: str, overrides: dict | None = Non
     root, overrides = Path(root), dict(overrides or {})
     check_profile(root, profile)
     if notebook not in notebooks(root):
-        raise _unknown("notebook", notebook, notebooks(root))
+        raise unknown("notebook", notebook, notebooks(root))
     cell = defaults(root / "notebooks" / f"{notebook}.ipynb")
     if "profile" not in cell:
         raise ValueError(f"the parameters cell of {notebook} must declare 'profile'; add it")
     notebook_file = f"params/{profile}/{notebook}.yaml"
     specific = read_params(root / notebook_file)
-    specific.pop(GRID, None)
+    grid = specific.pop(GRID, None)
+    if grid is not None:
+        rules.check_grid(notebook, grid, cell, f"{notebook_file}: ")
+        check_sizes(root, {"profile": profile, **({"sizes": grid["sizes"]} if "sizes" in grid
+                                                  else {})}, f"{notebook_file}: grid: ")
     common = read_params(root / "params" / profile / "_common.yaml")
     for source, values in ((notebook_file, specific), ("the command line", overrides)):
         if values.get("profile", profile) != profile:
@@ -265,7 +267,7 @@ def merge_params(root, notebook: str, profile: str, overrides: dict | None = Non
         for name in values:
             name = name.partition(".")[0] if values is overrides else name
             if name not in cell:
-                error = _unknown("parameter", name, list(cell))
+                error = unknown("parameter", name, list(cell))
                 raise ValueError(f"{source}: {error} (the parameters cell of {notebook})")
         check_sizes(root, {**values, "profile": profile}, f"{source}: ")
     merged = {name: value for name, value in common.items() if name in cell}
