@@ -54,7 +54,8 @@ def tokenize(rows, tokenizer, max_length=512):
 
     `{"messages": [...]}`: labels are -100 except on the last assistant turn and its eos; a
     long prompt loses its first tokens. `{"text": str}`: pretraining text, loss on all tokens, cut
-    into pieces of `max_length` (special tokens: `tokens.documents`); with `"context": str` before it, the loss is on the text alone.
+    into pieces of `max_length` (special tokens: `tokens.documents`); with `"context": str` before
+    it, the loss is on the text alone.
     ValueError names a row that is neither, or has an empty response.
     """
     if not rows:

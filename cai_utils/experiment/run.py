@@ -100,7 +100,7 @@ class Run:
 
         path = self.data(name)
         sidecar = path.with_name(f"{path.name}.key.json")
-        canonical = fingerprint.canonical(key, f"rows({name!r}): key")
+        canonical = fingerprint.canonical(key, f"rows({name!r}): key") | provenance.trust()
         new = {"key": canonical, "code": fingerprint.code_digest(make)}
         old = read_json(sidecar)
         if path.is_file() and {k: old.get(k) for k in new} == new:
