@@ -70,7 +70,7 @@ def ppo_peer(s):
     assert trl.__version__.startswith("1.12"), trl.__version__
     prompts, gate = asked(s), Gate(s)
     folder = Path(s["folder"])
-    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy", trust_remote_code=False)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # trl takes padding for the end
         other = next(i for i in (0, 1, 2) if i != tokenizer.eos_token_id)
@@ -78,7 +78,7 @@ def ppo_peer(s):
     # The attention that ours takes, too: the faster one at this size.
     small = sum(f.stat().st_size for f in (folder / "policy").glob("*.safetensors")) < 120e6
     how = {"attn_implementation": "eager" if small and not torch.cuda.is_available() else "sdpa",
-           "dtype": torch.float32}
+           "dtype": torch.float32, "trust_remote_code": False}
 
     def judge():
         net = AutoModelForSequenceClassification.from_pretrained(folder / "pm", num_labels=1, **how)
@@ -140,7 +140,7 @@ def pm_peer(s):
     folder, facts = Path(s["folder"]), {}
     rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     kept = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in rows]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base", trust_remote_code=False)
     settings = RewardConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=s["batch"], num_train_epochs=1,
         learning_rate=1e-4, max_length=s["longest"], report_to="none", save_strategy="no",
@@ -152,7 +152,7 @@ def pm_peer(s):
         torch.manual_seed(seed)
         settings.seed = seed
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder / "base", num_labels=1, dtype=torch.float32)
+            folder / "base", num_labels=1, dtype=torch.float32, trust_remote_code=False)
         std = 1 / (model.config.hidden_size + 1)  # as ours
         torch.nn.init.normal_(model.score.weight, std=std)
         trainer = RewardTrainer(model=model, args=settings, processing_class=tokenizer,

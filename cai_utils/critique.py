@@ -1,7 +1,9 @@
 """Critique -> revision chains (section 3.1 of the paper), and direct revisions (section 3.5).
 
 A base LM reads a chain as one text: the transcript, "CritiqueRequest:", "Critique:",
-"RevisionRequest:", "Revision:". A chat model gets the same requests as user turns.
+"RevisionRequest:", "Revision:". A chat model gets the same requests as user turns. A paragraph of a
+message, a response or a critique that begins like one of these sections, or like a turn, stands
+behind a backslash (`dialogue.Marks`); the constitution's words stand as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from cai_utils.seeds import stable_int
 # Where a base LM would go on with the next part of the transcript.
 STOPS = ("\n\nHuman:", "\n\nAssistant:", "\n\nCritiqueRequest:", "\n\nRevisionRequest:")
 
+SECTIONS = dialogue.Marks([r"(?:Human|Assistant|(?:Critique|Revision)(?: ?Request)?):"])
+
 
 def critique_text(prompt: list[dict], response: str, critique_request: str) -> str:
     """What a base LM is shown to write a critique: the transcript, then the request.
@@ -20,7 +24,7 @@ def critique_text(prompt: list[dict], response: str, critique_request: str) -> s
     Ends in "Critique:"; the completion comes back with a leading space.
     """
     return (
-        dialogue.transcript(dialogue.with_response(prompt, response))
+        dialogue.transcript(dialogue.with_response(prompt, response), marks=SECTIONS)
         + f"\n\nCritiqueRequest: {critique_request}\n\nCritique:"
     )
 
@@ -31,14 +35,14 @@ def revision_text(
     """What a base LM is shown to revise `response` after its `critique`. Ends in "Revision:"."""
     return (
         critique_text(prompt, response, critique_request)
-        + f" {critique}\n\nRevisionRequest: {revision_request}\n\nRevision:"
+        + f" {SECTIONS.hide(critique)}\n\nRevisionRequest: {revision_request}\n\nRevision:"
     )
 
 
 def direct_revision_text(prompt: list[dict], response: str, revision_request: str) -> str:
     """What a base LM is shown to revise `response` without a critique (section 3.5)."""
     return (
-        dialogue.transcript(dialogue.with_response(prompt, response))
+        dialogue.transcript(dialogue.with_response(prompt, response), marks=SECTIONS)
         + f"\n\nRevisionRequest: {revision_request}\n\nRevision:"
     )
 
@@ -100,10 +104,10 @@ def revise(
         ]
         critiques = [None] * len(rows)
         if critiqued:
-            inputs = [_behind(prefix, _critique_input(*item, as_text))
+            inputs = [_behind(prefix, _critique_input(*item, as_text), writer)
                       for item in zip(prompts, last, drawn, strict=True)]
             critiques = sample(inputs, step, "critique")
-        inputs = [_behind(prefix, _revision_input(*item, as_text))
+        inputs = [_behind(prefix, _revision_input(*item, as_text), writer)
                   for item in zip(prompts, last, drawn, critiques, strict=True)]
         revisions = sample(inputs, step, "revision")
         for chain, principle, critique, revision in zip(
@@ -159,9 +163,11 @@ def _revision_input(prompt, response, principle, critique, as_text):
     return [*messages, {"role": "user", "content": request}]
 
 
-def _behind(prefix, asked):
+def _behind(prefix, asked, sampler):
     """A request behind the examples; its own system message stands before them."""
-    if not isinstance(asked, str) and asked[0]["role"] == "system":
+    if isinstance(asked, str):
+        return dialogue.sealed(prefix + asked, getattr(sampler, "tokenizer", None))
+    if asked[0]["role"] == "system":
         return [asked[0], *prefix, *asked[1:]]
     return prefix + asked
 
@@ -178,7 +184,7 @@ def _few_shot_prefix(examples, critiqued, as_text):
             prompt, e["response"], e, e["critique"] if critiqued else None, as_text
         )
         if as_text:
-            prefix += f"{request} {e['revision']}"
+            prefix += f"{request} {SECTIONS.hide(e['revision'])}"
         else:
             prefix += dialogue.with_response(request, e["revision"])
     return prefix

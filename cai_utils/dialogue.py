@@ -9,14 +9,23 @@ One `{"role": "system", ...}` may stand before the first turn. A chat template t
 renders it, `render` refuses any other; a transcript has no such turn and begins with its text, as
 a paragraph.
 
-Contents are written verbatim. Outer whitespace is removed where text becomes a message
-(`parse_transcript`, `with_response`), so that messages round-trip.
+Contents are written verbatim, but for what would forge the text around them:
+
+- A content's paragraph that begins like a turn ("Human:", "Assistant:") gets a backslash, which
+  `parse_transcript` takes off again (`Marks`). What a chat template writes around turns and is no
+  special token (`[INST]`) gets one behind its first character.
+- A special token that a content spells gets a `SEAM` behind its first character: `lm/tokens.py`
+  reads both sides apart, so that it stays letters, and nobody else sees it.
+
+Outer whitespace is removed where text becomes a message (`parse_transcript`, `with_response`), so
+that messages round-trip.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
+import weakref
 from contextlib import suppress
 
 from jinja2 import TemplateError
@@ -34,9 +43,21 @@ TEMPLATE = (
     "{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
 )
 
+# Stands inside a special token that a content spells. A noncharacter: no text has it.
+SEAM = "\ufdd0"
+
 _ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
 _LEADS = {"system": "", **{role: f"{speaker}: " for role, speaker in SPEAKERS.items()}}
 _SYSTEM = {}  # chat template -> whether it has a system role
+_SEALED = weakref.WeakKeyDictionary()  # tokenizer -> what `_token_marks` found out
+_SPACE = r"[\s\u200b-\u200f\u2060\ufeff]"  # and what looks like none at all
+_BREAK = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+# Special tokens and marks of turns of common families, for models whose tokenizer is not known.
+_FAMILIES = re.compile(
+    r"<[|｜][^|｜<>\n]{1,48}[|｜]>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>"
+    r"|\[/?INST\]|<</?SYS>>")
+_WRITTEN = re.compile(r"[<\[{|]+[^\s<>\[\]{}|]+[>\]}|]+|^[^\n]*\w[^\n]*:$", re.MULTILINE)
+_THOUGHTS = re.compile(r"</?\w*(?:think|reason)\w*>")  # which are a response's own
 _TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
 _TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
          {"role": "user", "content": "Go on"}]
@@ -53,6 +74,44 @@ _DATED = ("{% macro strftime_now(format) %}{{ format"
           + " }}{% endmacro %}\n")  # jinja drops the line break behind a block
 
 
+class Marks:
+    """What a content must not spell, since it would end it: hidden behind a backslash.
+
+    starts: regular expressions of what begins a turn, an option or a section, a mark where it
+    stands `breaks` line breaks (2: after an empty line) and spaces behind other text. inside:
+    texts that are marks wherever they stand, of two characters or more.
+    """
+
+    def __init__(self, starts=(), inside=(), breaks=2):
+        self._breaks, whole = breaks, [f"{re.escape(m[0])}\\\\*{re.escape(m[1:])}" for m in inside]
+        # A run of spaces is read once, whatever its length.
+        self._starts = starts and re.compile(
+            rf"(?<!{_SPACE})({_SPACE}*+)(\\*+(?:{'|'.join(starts)}))")
+        self._inside = whole and re.compile("|".join(whole))
+
+    def hide(self, text, behind="") -> str:
+        """The text of a content, written after the text `behind`, with no mark in it."""
+        if self._starts:
+            text = self._starts.sub(lambda m: self._at(m, behind, f"\\{m[2]}"), text)
+        return self._inside.sub(lambda m: f"{m[0][0]}\\{m[0][1:]}", text) if self._inside else text
+
+    def show(self, text, behind="") -> str:
+        """The content that `hide` made this text of."""
+        def bare(m):
+            return m[0][0] + m[0][1:].removeprefix("\\")
+
+        if self._starts:
+            text = self._starts.sub(lambda m: self._at(m, behind, m[2].removeprefix("\\")), text)
+        return self._inside.sub(bare, text) if self._inside else text
+
+    def _at(self, match, behind, new):
+        gap = match[1] if match.start() else behind[len(behind.rstrip()) :] + match[1]
+        return match[1] + new if len(_BREAK.findall(gap)) >= self._breaks else match[0]
+
+
+TURNS = Marks([f"{speaker}:" for speaker in SPEAKERS.values()])
+
+
 class Rendered(str):
     """Text that a chat template wrote: it has its special tokens already, and a tokenizer adds
     none (`lm/tokens.py`). Text put behind it belongs to it, so the sum is `Rendered` too."""
@@ -63,9 +122,9 @@ class Rendered(str):
         return Rendered(str.__add__(self, other))
 
 
-def transcript(messages, add_generation_prompt=False):
+def transcript(messages, add_generation_prompt=False, marks=TURNS):
     """Messages -> the paper's transcript, which begins with "\\n\\nHuman:", or with the text of a
-    system message.
+    system message. marks: what contents must not spell.
 
     With `add_generation_prompt` it ends in "\\n\\nAssistant:" without a trailing space: the
     completion brings its own. ValueError on a role other than user or assistant (or system before
@@ -73,12 +132,15 @@ def transcript(messages, add_generation_prompt=False):
     message.
     """
     _check(messages, add_generation_prompt)
-    text = "".join(f"\n\n{_LEADS[m['role']]}{m['content']}" for m in messages)
+    leads = [f"\n\n{_LEADS[m['role']]}" for m in messages]
+    text = "".join(lead + marks.hide(m["content"], lead)
+                   for lead, m in zip(leads, messages, strict=True))
     return text + "\n\nAssistant:" if add_generation_prompt else text
 
 
 def parse_transcript(text):
-    """The paper's transcript -> messages, contents stripped of outer whitespace.
+    """The paper's transcript -> messages, contents stripped of outer whitespace, without the
+    backslashes of `Marks`.
 
     An empty last assistant turn is a generation prompt and is dropped. Two turns of one speaker in
     a row are kept (hh-rlhf has some). ValueError when the text does not begin with a turn.
@@ -90,7 +152,7 @@ def parse_transcript(text):
         )
     parts = _TURN.split(text)[1:]
     messages = [
-        {"role": _ROLES[speaker], "content": content.strip()}
+        {"role": _ROLES[speaker], "content": TURNS.show(content).strip()}
         for speaker, content in zip(parts[::2], parts[1::2], strict=True)
     ]
     if messages[-1] == {"role": "assistant", "content": ""}:
@@ -119,12 +181,68 @@ def render(conversation, tokenizer, add_generation_prompt=True):
         return conversation
     _check(conversation, add_generation_prompt)
     if not getattr(tokenizer, "chat_template", None):
-        return transcript(conversation, add_generation_prompt)
+        return sealed(transcript(conversation, add_generation_prompt), tokenizer)
     if conversation[0]["role"] == "system" and not _has_system_role(tokenizer):
         raise ValueError("this model's chat template has no system role: put the text of the "
                          "system message into the first user turn, or leave it out")
-    text = _from_template(conversation, tokenizer, add_generation_prompt)
+    messages = [{**m, "content": written(m["content"], tokenizer, m["role"])} for m in conversation]
+    text = _from_template(messages, tokenizer, add_generation_prompt)
     return text if uses_transcript(tokenizer) else Rendered(text)
+
+
+def written(content, tokenizer, role="assistant"):
+    """A content as `render` writes it for this model."""
+    if uses_transcript(tokenizer):
+        return sealed(TURNS.hide(content, f"\n\n{_LEADS[role]}"), tokenizer)
+    return sealed(_token_marks(tokenizer)[1].hide(content), tokenizer)
+
+
+def sealed(text, tokenizer):
+    """A text that holds contents alone, with a `SEAM` in each special token that it spells.
+
+    Special tokens are those that the tokenizer calls so and, of its other added tokens, those with
+    which the chat template parts turns; not one that is a single character or only spaces. Where
+    the tokenizer is not known, those of common families.
+    """
+    found, _, normal = _token_marks(tokenizer)
+    before = None
+    while before != text:  # one may stand across two others
+        before, text = text, found.sub(lambda m: f"{m[0][0]}{SEAM}{m[0][1:]}", text)
+    # A normalizer may make one of letters that are none: then each is read by itself.
+    if normal and any(normal & set(tokenizer(piece, add_special_tokens=False)["input_ids"])
+                      for piece in text.split(SEAM) if piece):
+        text = SEAM.join(text.replace(SEAM, ""))
+    return text
+
+
+def broken(text):
+    """A text for an engine that makes tokens of it itself, such as a server: where a content spells
+    a special token, a backslash stands in it, since text cannot say what is meant."""
+    return text.replace(SEAM, "\\")
+
+
+def guarded(messages):
+    """Messages for an engine that renders them itself, with a backslash in each special token or
+    mark of a turn, of common families, that a content spells."""
+    return [{**m, "content": broken(sealed(m["content"], None))} for m in messages]
+
+
+def _token_marks(tokenizer):
+    """(special tokens as a regular expression, other `Marks` of the chat template, ids of special
+    tokens that a normalizer may write) of a tokenizer, kept while they are the same."""
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    known = hasattr(tokenizer, "added_tokens_decoder")
+    if not known and not template:
+        return _FAMILIES, Marks(), set()
+    names = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "eos_token", None)
+    key = template, len(tokenizer) if known else 0, names
+    with suppress(TypeError):  # one that cannot be a key is asked each time
+        if _SEALED.get(tokenizer, (None,))[0] == key:
+            return _SEALED[tokenizer][1]
+    found = _found_marks(tokenizer, tokenizer.added_tokens_decoder if known else {}, template)
+    with suppress(TypeError):
+        _SEALED[tokenizer] = key, found
+    return found
 
 
 def _from_template(messages, tokenizer, add_generation_prompt, parts=None):
@@ -147,6 +265,27 @@ def _from_template(messages, tokenizer, add_generation_prompt, parts=None):
             f"the model's chat template refuses a conversation of these turns: {roles} ({error}); "
             "join turns of one speaker that follow each other, begin with the user's, or leave the "
             "row out") from None
+
+
+def _found_marks(tokenizer, added, template):
+    frame = ""
+    if template and not uses_transcript(tokenizer):
+        talk = [{**m, "content": SEAM} for m in _TALK]
+        system = [{"role": "system", "content": SEAM}] if _has_system_role(tokenizer) else []
+        with suppress(ValueError):
+            frame = _from_template(system + talk, tokenizer, True)
+    special = {i: t for i, t in added.items() if t.special or (
+        str(t) in frame and re.search(r"[^\w\s]", str(t)) and not _THOUGHTS.fullmatch(str(t)))}
+    names = sorted((str(t) for t in special.values() if len(str(t).strip()) > 1),
+                   key=len, reverse=True)
+    found = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    words = {w.strip() for part in found.sub("\n", frame).split(SEAM)
+             for w in _WRITTEN.findall(part.strip(" "))}
+    inside = sorted((w for w in words if len(w) > 2 and not _THOUGHTS.fullmatch(w)), key=len,
+                    reverse=True)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    normal = {i for i, t in special.items() if t.normalized and str(t) in names}
+    return found, Marks(inside=inside), normal if getattr(backend, "normalizer", None) else set()
 
 
 def _reads(tokenizer):

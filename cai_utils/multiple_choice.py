@@ -125,7 +125,7 @@ def comparison_question(sampler, prompt, a, b, principle, examples=(), cot=False
     form = form or OWN[_kind(cot)]
     if dialogue.uses_transcript(getattr(sampler, "tokenizer", None)):
         prefix = "".join(_answered(e, e.get("principle", principle), form) for e in examples)
-        return prefix + form.text(prompt, a, b, principle)
+        return _sealed(prefix + form.text(prompt, a, b, principle), sampler)
     messages = []
     for e in examples:
         body = form.body(e["prompt"], e["a"], e["b"], e.get("principle", principle))
@@ -134,6 +134,10 @@ def comparison_question(sampler, prompt, a, b, principle, examples=(), cot=False
         messages.append({"role": "assistant", "content": reply})
     messages.append({"role": "user", "content": form.body(prompt, a, b, principle)})
     return dialogue.render(messages, sampler.tokenizer) + form.reply
+
+
+def _sealed(text, sampler):
+    return dialogue.sealed(text, getattr(sampler, "tokenizer", None))
 
 
 def _answered(example, principle, form):
@@ -162,7 +166,7 @@ def _question_input(sampler, prompt, few_shot, form):
     elif form:
         text = cot_form(prompt)
     if dialogue.uses_transcript(getattr(sampler, "tokenizer", None)):
-        return few_shot + _gap(few_shot, text) + text
+        return _sealed(few_shot + _gap(few_shot, text) + text, sampler)
     content = f"{few_shot}\n\n{body}".strip()
     return dialogue.render([{"role": "user", "content": content}], sampler.tokenizer) + reply
 
@@ -239,7 +243,9 @@ def letter_probabilities(sampler, asked, choices, *, cot, n_samples, seed, tempe
     )
     end = (form.answer_turn if as_text else "\n\n") + form.answer
     written = [[_chain(c.text, form) for c in completions] for completions in sampled]
-    texts = _with_chains(sampler, asked, written, end)
+    marks = dialogue.TURNS if as_text else dialogue.Marks()
+    shown = [[_sealed(marks.hide(chain), sampler) for chain in row] for row in written]
+    texts = _with_chains(sampler, asked, shown, end)
     if choices and isinstance(choices[0], list):
         choices = [letters for letters in choices for _ in range(n_samples)]
     probs = _choice_probs(sampler, texts, choices, progress)

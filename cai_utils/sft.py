@@ -54,7 +54,8 @@ def tokenize(rows, tokenizer, max_length=512):
 
     `{"messages": [...]}`: labels are -100 except on the last assistant turn and its eos; a
     long prompt loses its first tokens. `{"text": str}`: pretraining text, loss on all tokens, cut
-    into pieces of `max_length`; with `"context": str` before it, the loss is on the text alone.
+    into pieces of `max_length` (special tokens: `tokens.documents`); with `"context": str` before
+    it, the loss is on the text alone.
     ValueError names a row that is neither, or has an empty response.
     """
     if not rows:
@@ -99,7 +100,8 @@ def tokenize(rows, tokenizer, max_length=512):
 
 def _pieces(rows, tokenizer, max_length):
     """Pretraining rows -> for each a list of (ids, labels), one per piece that has a loss."""
-    contexts, texts = [row.get("context") or "" for row in rows], [row["text"] for row in rows]
+    contexts, texts = (tokens.documents([row.get(name) or "" for row in rows], tokenizer)
+                       for name in ("context", "text"))
     starts = [ids if context else []
               for ids, context in zip(tokens.text_ids(contexts, tokenizer), contexts, strict=True)]
     ends = tokens.continuation_ids(contexts, starts, texts, tokenizer)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from cai_utils.dialogue import TEMPLATE, render
 from cai_utils.experiment.files import read_json, read_rows, write_json, write_rows
-from cai_utils.lm import tokens
+from cai_utils.lm import models, tokens
 from scripts import cards
 
 TEMPLATES = Path(__file__).parent
@@ -118,7 +118,6 @@ def scored_text(conversation, tokenizer) -> str:
 
 def _model(folder, out, *, name, license, language, tables, limits):
     from huggingface_hub import ModelCard, ModelCardData
-    from transformers import AutoTokenizer
 
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -133,7 +132,7 @@ def _model(folder, out, *, name, license, language, tables, limits):
         if file.is_file() and file.name not in (
                 "training.json", "finished.json", "training_args.bin", "README.md"):
             shutil.copy2(file, out / file.name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = models.load_tokenizer(folder)
     tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
     if scores:
         # Raw scores, not their sigmoid; and on the right, since padding on the left would shift

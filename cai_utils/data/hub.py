@@ -66,7 +66,8 @@ def _default(spec, names, split):
 
 
 def fetch(spec, loader, *arguments, mend="go online, or give a file", **options):
-    """`loader` of `datasets` called, its errors in one line that names the spec."""
+    """`loader` of `datasets` called, its errors in one line that names the spec. It runs no code
+    that a data set brings along: versions from 4.0 on cannot."""
     import datasets
 
     try:

@@ -3,6 +3,9 @@
 The project has a form of its own (`multiple_choice.OWN`). The paper's is read out of its published
 files (`common`), so that none of its words stand here: texts in which a conversation begins with
 "Human:" or "H:", and options with " (A) " and " (B) ".
+
+A line of a message or a response that begins like a turn, an option or an answer of the form stands
+behind a backslash, so that it is none (`QuestionForm.marks`).
 """
 
 from __future__ import annotations
@@ -10,6 +13,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, fields
+from functools import cached_property
+
+from cai_utils.dialogue import Marks
 
 _HEAD = (
     r"(?P<opening>\s*(?:Human: )?)(?P<lead>\S.*?)(?P<user>\n\n(?:Human|H): )(?P<talk>.*[^\n])"
@@ -50,11 +56,24 @@ class QuestionForm:
     answer: str = ""
     verbatim: bool = False
 
+    @cached_property
+    def marks(self) -> Marks:
+        """What no message and no response may begin a line with."""
+        turns = re.findall(r"\w+:", " ".join(
+            (self.opening, self.user, self.assistant, self.turn, self.answer_turn)))
+        leads = ["Options:", "The answer is:", self.reply.strip(), self.answer.strip()]
+        starts = sorted({"Human:", "Assistant:", *turns, *filter(None, leads)})
+        ends = (self.end,) if len(self.end) > 1 else ()
+        return Marks([*map(re.escape, starts), r"\([A-I]\)"], ends, breaks=1)
+
     def body(self, prompt: list[dict], a: str, b: str, principle: str) -> str:
         """The question without the marks of its turn: what a chat user would send."""
         marks = {"system": "\n\n", "user": self.user, "assistant": self.assistant}
-        turns = "".join(marks[turn["role"]] + turn["content"] for turn in prompt)
-        return (f"{self.lead}{turns}{self.gap}{principle}{self.first}{a}{self.second}{b}{self.end}")
+        turns = "".join(marks[turn["role"]] + self.marks.hide(turn["content"], marks[turn["role"]])
+                        for turn in prompt)
+        options = (f"{self.first}{self.marks.hide(a, self.first)}"
+                   f"{self.second}{self.marks.hide(b, self.second)}{self.end}")
+        return f"{self.lead}{turns}{self.gap}{principle}{options}"
 
     def text(self, prompt: list[dict], a: str, b: str, principle: str) -> str:
         """The question as a base LM reads it, up to `reply`."""
@@ -81,6 +100,9 @@ def parse(text: str, reasoned: bool = False) -> tuple[QuestionForm, dict] | None
               for mark, content in zip(parts[::2], parts[1::2], strict=True)]
     if prompt[-1]["role"] != "user":
         return None
+    for turn in prompt:
+        turn["content"] = form.marks.show(turn["content"])
+    found |= {k: form.marks.show(found[k]) for k in "ab"}
     kept = ("a", "b", "principle", "reasoning", "letter")
     return form, {"prompt": prompt, **{k: found[k] for k in kept if k in found}}
 

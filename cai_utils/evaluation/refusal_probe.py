@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
+from cai_utils import dialogue
 from cai_utils.data import xstest
 from cai_utils.data.xstest import LABELS
 from cai_utils.lm import models, tokens
@@ -69,7 +70,8 @@ class Reader:
         head = tokens.text_ids([lead], self.tokenizer)[0]
         bodies = tokens.continuation_ids(
             [lead] * len(rows), [head] * len(rows),
-            [f" {row['response'].strip() or '.'}" for row in rows], self.tokenizer)
+            [dialogue.sealed(f" {row['response'].strip() or '.'}", self.tokenizer)
+             for row in rows], self.tokenizer)
         encoded = [(tuple(head), tuple(body[:OPENING])) for body in bodies]
         # Features are kept: the labelled rows train more than one classifier.
         todo = sorted(set(encoded) - set(self._kept), key=lambda e: -sum(map(len, e)))

@@ -18,6 +18,16 @@ from cai_utils.experiment.files import plain, read_json
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
 
 
+def trust() -> dict:
+    """`{"trust_remote_code": True}` where the environment variable CAI_TRUST_REMOTE_CODE is 1, so
+    that code which a model's folder or repository brings may run; else {}. ValueError for a value
+    other than 1, 0 or none."""
+    value = os.environ.get("CAI_TRUST_REMOTE_CODE") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"CAI_TRUST_REMOTE_CODE={value!r}: it is 1 or 0")
+    return {"trust_remote_code": True} if value == "1" else {}
+
+
 def git_state(root) -> dict:
     """`{"commit": sha or None, "dirty": bool or None}` of the clone at `root`.
 
@@ -81,6 +91,7 @@ def describe(root, notebook: str, params: dict) -> dict:
         "profile": params.get("profile"),
         "seed": params.get("seed"),
         "params": params,
+        **trust(),
         "git": git_state(root),
         "versions": versions(),
         "machine": machine(),

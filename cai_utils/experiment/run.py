@@ -130,7 +130,7 @@ class Run:
 
         path = self.data(name)
         sidecar = path.with_name(f"{path.name}.key.json")
-        canonical = fingerprint.canonical(key, f"rows({name!r}): key")
+        canonical = fingerprint.canonical(key, f"rows({name!r}): key") | provenance.trust()
         new = {"key": canonical, "code": fingerprint.code_digest(make)}
         old = provenance.read(sidecar)
         if old is None:

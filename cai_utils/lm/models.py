@@ -11,10 +11,14 @@ Specs:
   or branch is meant (`EleutherAI/pythia-1.4b@step143000`).
 
 `server:URL#model` is sampled where it is served (`backends.from_spec`), never loaded.
+
+Code that a folder or repository brings along (`auto_map` in its config.json) does not run, unless
+the environment variable CAI_TRUST_REMOTE_CODE is 1 (`experiment.provenance.trust`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -33,6 +37,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from cai_utils.experiment.files import refuse_pointer
+from cai_utils.experiment.provenance import trust
 from cai_utils.lm.architectures import check_causal
 
 # Models are loaded and saved many times in a run: a bar for each would hide a notebook's output.
@@ -108,6 +113,36 @@ def source(spec, runs_dir=None, revision=None):
     return where, {} if revision is None else {"revision": revision}
 
 
+def code() -> dict:
+    """What every loading call is told about code that a model brings along: by default to run none,
+    not to ask either."""
+    return {"trust_remote_code": False} | trust()
+
+
+@contextlib.contextmanager
+def _loading(spec, failed=None):
+    """Errors of a loading call in one line: ValueError for code that does not run; for others,
+    where `failed` is given, FileNotFoundError that says so."""
+    trust()  # a fault of its own is not the model's
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if "trust_remote_code=True" in str(error):
+            raise ValueError(f"{spec}: the model needs code of its own (auto_map in its "
+                             "config.json or tokenizer_config.json), which does not run unasked; "
+                             "read it, then set CAI_TRUST_REMOTE_CODE=1") from None
+        if failed is None:
+            raise
+        raise FileNotFoundError(f"{spec}: {failed} ({reason})") from error
+
+
+def _tell_of_code(spec, config):
+    if getattr(config, "auto_map", None) and not trust():
+        print(f"{spec}: the code in its folder (auto_map in config.json) does not run, "
+              f"transformers' own {config.model_type} does; CAI_TRUST_REMOTE_CODE=1 runs it")
+
+
 def _resolve_miniature(spec, runs_dir):
     size = spec.removeprefix("miniature/")
     if size not in SIZES:
@@ -156,8 +191,9 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=N
     revision: commit, tag or branch of a hub id (or `id@revision`). quantize: `"4bit"` (NF4, as
     in QLoRA, arXiv 2305.14314) or `"8bit"`, by bitsandbytes on CUDA; heads stay dense.
     The tokenizer pads on the left and always has a pad token (its eos when it names none).
-    ValueError for an unknown head, dtype or quantization, a model that is no causal LM, and for a
-    quantization that cannot be had here; FileNotFoundError for weights that cannot be found.
+    ValueError for an unknown head, dtype or quantization, a quantization that cannot be had here, a
+    model that is no causal LM or needs code of its own; FileNotFoundError for weights that cannot
+    be found.
     """
     if head not in ("lm", "score"):
         raise ValueError(f"head={head!r}: it is 'lm' or 'score'")
@@ -172,14 +208,11 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=N
         device = gpu if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     quantized = _quantized(quantize, device)
-    try:
-        config = AutoConfig.from_pretrained(where, **options)
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{spec}: no local folder of this name, and no such model could be loaded from the "
-            f"Hugging Face hub ({str(error).splitlines()[0]})"
-        ) from error
+    with _loading(spec, "no local folder of this name, and no such model could be loaded from the "
+                        "Hugging Face hub"):
+        config = AutoConfig.from_pretrained(where, **code(), **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **code(), **options)
+    _tell_of_code(spec, config)
     check_causal(spec, config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -187,17 +220,20 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=N
 
     dtype = _dtype(dtype, device, config)
     # The config is passed on, since reading a GGUF file's header again takes seconds.
-    options |= {"config": config, "dtype": dtype, **quantized}
+    options |= {"config": config, "dtype": dtype, **quantized, **code()}
     if "gguf_file" in options:
         if quantize:
             raise ValueError(f"{spec}: quantize={quantize!r} is for dense weights; a GGUF file is "
                              "unpacked to them: save those first, or drop quantize")
         options["quantization_config"] = GgufConfig(dequantize=True)
     if head == "lm":
-        model = AutoModelForCausalLM.from_pretrained(where, **options)
+        with _loading(spec):
+            model = AutoModelForCausalLM.from_pretrained(where, **options)
     else:
         config.num_labels = 1
-        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        brought = trust() and "AutoModelForSequenceClassification" in (
+            getattr(config, "auto_map", None) or ())
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not brought:
             raise ValueError(f"{spec}: transformers has no score head for a {config.model_type}; "
                              "make preference models of another family, such as Llama or Qwen")
         model = AutoModelForSequenceClassification.from_pretrained(where, **options)
@@ -218,11 +254,8 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=N
 def load_tokenizer(spec, runs_dir=None):
     """The tokenizer of a spec alone. FileNotFoundError when there is none."""
     where, options = source(spec, runs_dir)
-    try:
-        return AutoTokenizer.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"{spec}: no tokenizer could be loaded ({reason})") from error
+    with _loading(spec, "no tokenizer could be loaded"):
+        return AutoTokenizer.from_pretrained(where, **code(), **options)
 
 
 def parameters(spec, runs_dir=None) -> int:
@@ -235,9 +268,9 @@ def parameters(spec, runs_dir=None) -> int:
     if str(spec).startswith("server:"):
         return _served_parameters(spec)
     where, options = source(spec, runs_dir)
-    config = AutoConfig.from_pretrained(where, **options)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    with _loading(spec), torch.device("meta"):
+        config = AutoConfig.from_pretrained(where, **code(), **options)
+        model = AutoModelForCausalLM.from_config(config, **code())
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     outside = {id(p) for table in tables if table is not None for p in table.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in outside)
@@ -300,7 +333,7 @@ def _dtype(dtype, device, config):
     if not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
     with torch.device("meta"):  # shapes alone, nothing is allocated
-        small = is_small(AutoModelForCausalLM.from_config(config))
+        small = is_small(AutoModelForCausalLM.from_config(config, **code()))
     return torch.float32 if small else torch.bfloat16
 
 

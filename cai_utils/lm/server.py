@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import numpy as np
 
-from cai_utils.dialogue import uses_transcript
+from cai_utils.dialogue import broken, guarded, uses_transcript
 from cai_utils.experiment import journal
 from cai_utils.lm import models, replies
 from cai_utils.lm.completion import (
@@ -201,7 +201,7 @@ class Server:
         talks = [item for item in inputs if not isinstance(item, str)]
         if talks and isinstance(self.tokenizer, _Unknown) and not uses_transcript(self.tokenizer):
             check_texts(inputs)
-            return list(inputs)
+            return [item if isinstance(item, str) else guarded(item) for item in inputs]
         texts = render_all(inputs, self.tokenizer)
         check_texts(texts)
         if not self._sends_ids():
@@ -237,6 +237,7 @@ class Server:
     def _as_text(self, text, name=""):
         """A text as it is sent. ValueError where the server's tokenizer makes other tokens of it
         than a local model reads."""
+        text = broken(text)
         sent = without_bos(text, self.tokenizer)
         if not isinstance(self.tokenizer, _Unknown):
             ids = list(self.tokenizer(sent)["input_ids"])
@@ -308,6 +309,7 @@ class Server:
         way = self._scoring
         if self._sends_ids():
             return self._scored_by_ids(text, choices, halt)
+        text = broken(text)
         found = [self._tokens(self._as_text(text + c), halt, way) for c in choices]
         spans = [replies.choice_span(t, text, c) for t, c in zip(found, choices, strict=True)]
         if None in spans:  # letters do not tell where the choices begin

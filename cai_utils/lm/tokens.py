@@ -17,6 +17,7 @@ import torch
 from cai_utils import dialogue
 from cai_utils.lm.completion import render_all
 
+_LEADS = "\n.a0"  # letters that a text may stand behind, one of which it does not merge with
 _OPEN = re.compile(r"<(\w*(?:think|reason)\w*)>\s*\Z")  # a prompt that ends in thoughts
 
 
@@ -37,8 +38,7 @@ def special_ids(tokenizer) -> tuple[list[int], list[int]]:
 def adds_special_tokens(text, tokenizer) -> bool:
     """Whether the tokenizer may add its special tokens to a text: not to one that a chat template
     wrote (`dialogue.Rendered`), and not to one that begins with them already."""
-    before = special_ids(tokenizer)[0]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    before, (ids,) = special_ids(tokenizer)[0], _ids([text], tokenizer)
     return not (isinstance(text, dialogue.Rendered) or (before and ids[: len(before)] == before))
 
 
@@ -58,9 +58,50 @@ def text_ids(texts, tokenizer) -> list[list[int]]:
     if not texts:
         return []
     before = special_ids(tokenizer)[0]
-    found = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    found = _ids(texts, tokenizer)
     return [list(ids) if isinstance(text, dialogue.Rendered) or ids[: len(before)] == before
             else before + list(ids) for text, ids in zip(texts, found, strict=True)]
+
+
+def _ids(texts, tokenizer):
+    """N texts -> N lists of ids, none added. What stands on the two sides of a `dialogue.SEAM` is
+    read apart, the second side as it reads behind other text: a special token that a content spells
+    is letters."""
+    found = tokenizer([text.split(dialogue.SEAM, 1)[0] for text in texts],
+                      add_special_tokens=False)["input_ids"]
+    for i, text in enumerate(texts):
+        if dialogue.SEAM not in text:
+            continue
+        found[i] = list(found[i])
+        for piece in filter(None, text.split(dialogue.SEAM)[1:]):
+            found[i] += _behind(piece, tokenizer)
+    return found
+
+
+def _behind(text, tokenizer):
+    """The ids of a text behind letters, without the space that SentencePiece puts before a text."""
+    def ids_of(text):
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    for lead in _LEADS:
+        head, ids = ids_of(lead), ids_of(lead + text)
+        if ids[: len(head)] == head:
+            return ids[len(head) :]
+    return ids_of(text)
+
+
+def documents(texts, tokenizer) -> list[str]:
+    """Pretraining texts, of which the first and the last special tokens that the tokenizer would
+    add may stand in them; those that they spell in between are letters (`dialogue.sealed`)."""
+    start = "".join(tokenizer.convert_ids_to_tokens(special_ids(tokenizer)[0]))
+    end = tokenizer.eos_token or ""
+    out = []
+    for text in texts:
+        bare = text.removeprefix(start)
+        body = bare.removesuffix(end)
+        out.append(text[: len(text) - len(bare)] + dialogue.sealed(body, tokenizer)
+                   + bare[len(body) :])
+    return out
 
 
 def continuation_ids(texts, prompts, continuations, tokenizer) -> list[list[int]]:
@@ -103,7 +144,7 @@ def _spelled(prompt, continuation, joint, tokenizer):
     whole, alone = read(joint), ids_of(continuation)
     tried = [alone]
     bare = continuation.removeprefix(" ")  # a tokenizer may join the spaces of both
-    for lead, end in itertools.product("\n.a0", dict.fromkeys((continuation, bare))):
+    for lead, end in itertools.product(_LEADS, dict.fromkeys((continuation, bare))):
         head, ids = ids_of(lead), ids_of(lead + end)
         if ids[: len(head)] == head:
             tried.append(ids[len(head) :])
@@ -185,6 +226,7 @@ def encode(conversations, tokenizer, rows=None):
 def _halves(messages, tokenizer):
     """A conversation -> (the text of its prompt, the text of its last turn behind that)."""
     prompt = dialogue.render(messages[:-1], tokenizer, add_generation_prompt=True)
+    content = dialogue.written(messages[-1]["content"], tokenizer)
     whole = dialogue.render(messages, tokenizer, add_generation_prompt=False)
     if whole.startswith(prompt):
         return prompt, whole[len(prompt) :].rstrip()
@@ -199,7 +241,7 @@ def _halves(messages, tokenizer):
     def shared(gap):  # the prompt ends as `start` does without the gap
         return len(commonprefix([start.removesuffix(gap)[::-1], prompt[::-1]]))
 
-    response = (max(gaps, key=shared) + messages[-1]["content"] + end).rstrip()
+    response = (max(gaps, key=shared) + content + end).rstrip()
     if opened := _OPEN.search(prompt):
         # It goes on in the thoughts that the prompt opens, or closes them before an answer alone.
         thoughts, close = response.removeprefix(f"<{opened[1]}>"), f"</{opened[1]}>"

@@ -644,3 +644,12 @@ def test_partials_defaults_and_containers_count():
     assert digest(partial(stage, 3)) != digest(partial(stage, 4)) != digest(stage)
     plain = digest(holds([(partial(stage, 3),)]))
     assert plain != digest(holds([(partial(critique.revise, None),)]))
+
+
+def test_leave_to_run_code_is_recorded_and_makes_rows_anew(run, monkeypatch, capsys):
+    for value, made in (("0", "made"), ("0", "kept"), ("1", "made"), ("1", "kept"), ("0", "made")):
+        monkeypatch.setenv("CAI_TRUST_REMOTE_CODE", value)
+        run.rows("trust", lambda: [{"id": "1"}], key=1)
+        assert made in capsys.readouterr().out
+        record = provenance.describe(run.root, "t", run.params)
+        assert record.get("trust_remote_code", False) == (value == "1")

@@ -1,6 +1,10 @@
 """Specs are found, loaded on the right terms, and refused with one clear message."""
 
+import ast
+import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,7 +167,8 @@ def test_a_revision_stands_in_the_spec_or_beside_it(folder, monkeypatch):
     for call in (lambda: models.load(spec), lambda: models.load_tokenizer(spec)):
         with pytest.raises(FileNotFoundError, match="offline"):
             call()
-    assert asked == [("EleutherAI/pythia-1.4b", {"revision": "step143000"})] * 2
+    options = {"revision": "step143000", "trust_remote_code": False}
+    assert asked == [("EleutherAI/pythia-1.4b", options)] * 2
 
 
 def test_what_was_sampled_of_another_revision_is_not_taken_up(folder, monkeypatch):
@@ -236,3 +241,53 @@ def test_weights_that_git_lfs_has_not_fetched_are_named(tmp_path):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match="model.safetensors: a Git LFS pointer.*git lfs pull"):
         models.load(tmp_path)
+
+
+CANARY = "import pathlib; pathlib.Path(__file__).with_name('ran').touch(); 1 / 0"
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["code of its own", "known, with code"])
+def test_code_that_a_folder_brings_does_not_run(tmp_path, capsys, monkeypatch, known):
+    folder = tmp_path / "m"
+    save(folder, eos_token="<e>")
+    for name in ("config.json", "tokenizer_config.json"):
+        found = json.loads((folder / name).read_text())
+        auto = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own",
+                "AutoModelForSequenceClassification": "own.Own"}
+        found["auto_map"] = auto if name == "config.json" else {"AutoTokenizer": ["own.Own", None]}
+        if not known:
+            found["model_type"] = "own"
+        (folder / name).write_text(json.dumps(found))
+    (folder / "own.py").write_text(CANARY)
+    calls = (models.load, lambda spec: models.load(spec, head="score"), preference.Scorer,
+             models.parameters, models.load_tokenizer)
+    for call in calls[:2] + calls[3:] if known else calls[:-1]:
+        if known:  # as before, by the classes of transformers
+            call(folder)
+        else:
+            with pytest.raises(ValueError, match=f"^{folder}: .*auto_map.*CAI_TRUST_REMOTE_CODE"):
+                call(folder)
+    assert not list(tmp_path.rglob("ran"))
+    if known:
+        assert f"{folder}: the code in its folder" in capsys.readouterr().out
+        return
+    monkeypatch.setenv("CAI_TRUST_REMOTE_CODE", "1")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    with pytest.raises(ZeroDivisionError):  # allowed: the canary sings
+        models.load(folder)
+    monkeypatch.setenv("CAI_TRUST_REMOTE_CODE", "yes")
+    with pytest.raises(ValueError, match="CAI_TRUST_REMOTE_CODE='yes': it is 1 or 0"):
+        models.load(folder)
+
+
+def test_every_loading_call_says_whether_code_may_run():
+    silent = []
+    for folder in ("cai_utils", "scripts", "benchmarks"):
+        for path in (Path(__file__).parents[2] / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+                if re.fullmatch(r"(Auto\w+|pipeline)(\.from_\w+)?", name):
+                    told = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                    if not {"trust_remote_code", None} & set(told):
+                        silent.append(f"{path.name}: {name}")
+    assert not silent
