@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+import re
 import time
 from pathlib import Path
 
@@ -47,8 +48,9 @@ class Run:
         self.notebook, self.params = notebook, dict(params)
         self.profile, self.seed = params["profile"], params.get("seed", 0)
         self.dir = self.root / "runs" / self.profile
-        for name in ("data", "models", "results", "figures", "wandb", "executed"):
-            (self.dir / name).mkdir(parents=True, exist_ok=True)
+        with explained(self.dir):
+            for name in ("data", "models", "results", "figures", "wandb", "executed"):
+                (self.dir / name).mkdir(parents=True, exist_ok=True)
         self.provenance = provenance.describe(self.root, notebook, self.params)
         self._started = time.time()
         self._wandb = _start_wandb(self)
@@ -151,8 +153,11 @@ class Run:
             record = {**new, "rows": len(rows), "sha256": fingerprint.file_digest(temporary)}
             self.made[self._name(path)] = record["sha256"]
             if folder:
-                record["folder"] = fingerprint.file_digests(folder)
-                self.made[self._name(folder)] = fingerprint.total(folder, record["folder"])
+                digests = fingerprint.file_digests(folder)
+                self.made[self._name(folder)] = fingerprint.total(folder, digests)
+                # What an interrupted training left beside the model may go.
+                record["folder"] = {name: sha for name, sha in digests.items()
+                                    if not re.match(r"\.|checkpoint-|damaged-", name)}
             # The record first: of a kill between the two, its checksum tells.
             write_json(sidecar, provenance.seal({**record, "provenance": self._now()}))
         samples.remove()

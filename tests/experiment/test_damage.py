@@ -106,7 +106,9 @@ def trained(run, seen):
     def make(folder):
         seen.append(1)
         (folder / "sub").mkdir(parents=True, exist_ok=True)
-        for name in ("config.json", "model.safetensors", "sub/tokenizer.json"):
+        (folder / "damaged-checkpoint-1").mkdir(exist_ok=True)
+        for name in ("config.json", "model.safetensors", "sub/tokenizer.json",
+                     "damaged-checkpoint-1/state.json"):
             (folder / name).write_text(f"{name} " * 50)
         return {"train_loss": 1.0, "steps": 3, "seconds": 0.1}
 
@@ -139,6 +141,7 @@ def test_a_model_is_read_once_and_may_be_removed_or_added_to(run, monkeypatch):
     folder, digests = trained(run, seen), fingerprint.file_digests
     monkeypatch.setattr(fingerprint, "file_digests", lambda p: read.append(p) or digests(p))
     (folder / "README.md").write_text("a card")
+    (folder / "damaged-checkpoint-1/state.json").unlink()
     trained(run, seen)
     assert len(seen) == 1 and read.count(folder) == 1
     assert run.made["models/pm/s"] == fingerprint.file_digest(folder)
