@@ -18,7 +18,7 @@ import os
 import time
 from pathlib import Path
 
-from cai_utils.experiment import fingerprint, provenance, stamp
+from cai_utils.experiment import fingerprint, provenance, secrets, stamp
 from cai_utils.experiment.files import (
     atomic,
     finite,
@@ -187,7 +187,7 @@ class Run:
                 self._wandb.log(values)
             except Exception as error:
                 self._wandb = None
-                print(f"W&B is off from here on: {error}")
+                print(f"W&B is off from here on: {secrets.hidden(error)}")
 
     def finish(self) -> None:
         """Write executed/<name>.provenance.json, with `read` and `made`, and close W&B."""
@@ -251,7 +251,7 @@ def _start_wandb(run: Run):
             settings=quiet,
         )
     except Exception as error:
-        print(f"W&B is off: {type(error).__name__}: {error}")
+        print(f"W&B is off: {type(error).__name__}: {secrets.hidden(error)}")
         return None
 
 
