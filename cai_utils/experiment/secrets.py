@@ -16,8 +16,9 @@ _SHORTEST = 6  # characters; "EMPTY" and the like, which servers without a key a
 
 # user:password@ in an address, also where the password holds one of the marks / ? # that it should
 # not: then what looks like the port is no number.
-_USER = re.compile(r"((?:^server:(?!\w+://))|://)"
+_USER = re.compile(r"(\bserver:(?!\w+://)|://)"
                    r"(?:[^/?#\s]*|(?!\[)[^/?#\s:]*:(?!\d*(?:[/?#\s]|$))\S*)@")
+_QUERY = re.compile(r"(\bserver:[^#?\s]*\?)[^#\s]*")  # a model server's address has none
 _NAME = (r"[\w.-]*(?:api[_-]?key|key|key[_-]?id|token|secret|password|passwd|passphrase|pwd|"
          r"pass|auth|authorization|bearer|signature|sig|credentials?)")
 _PAIR = re.compile(rf"(?i)([?&;#]{_NAME}=)[^&;#\s'\"]+")
@@ -55,8 +56,7 @@ def held(text):
     """Whether a parameter's text holds a secret, as `check` describes."""
     address = text.startswith("server:") or "://" in text
     return bool(
-        address and (_USER.search(text) or _PAIR.search(text))
-        or re.match(r"server:[^#]*\?", text)
+        address and (_USER.search(text) or _PAIR.search(text) or _QUERY.search(text))
         or _SHAPE.search(text) or any(secret in text for secret in _secrets())
     )
 
@@ -76,7 +76,7 @@ def hidden(text):
     text = str(text)
     for secret in _secrets():
         text = text.replace(secret, "***")
-    text = _USER.sub(r"\1***@", text)
+    text = _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text))
     return _SHAPE.sub("***", _PAIR.sub(r"\1***", text))
 
 
