@@ -182,6 +182,8 @@ class Endpoint:
                 self.alive = True
             except Slow:
                 self.alive = True  # busy, not dead
+                print(f"{self.url} takes connections, but has not answered /models in 10 s; going "
+                      "on", flush=True)  # fmt: skip
             except Fault as error:
                 why = error
                 if halt.wait(self.backoff * 2**attempt):
