@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from cai_utils.experiment import stamp
+from cai_utils.experiment import secrets, stamp
 from cai_utils.experiment.execute import execute
 from cai_utils.experiment.files import repo_root
 from cai_utils.experiment.params import merge_params, parse_override
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         function(options)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {secrets.hidden(error)}")
 
 
 if __name__ == "__main__":

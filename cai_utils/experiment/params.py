@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from cai_utils.experiment import rules, yaml12
+from cai_utils.experiment import rules, secrets, yaml12
 from cai_utils.experiment.kinds import check_name as check_name
 from cai_utils.experiment.kinds import fitted, lines_of, unknown
 
@@ -93,11 +93,13 @@ def read_params(path) -> dict:
     try:
         values = yaml12.load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        said = secrets.hidden(" ".join(str(error).split()))
+        raise ValueError(f"{path} is not valid YAML: {said}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold 'name: value' lines, not a {type(values).__name__}")
+    secrets.check(values, where=f"{path}: ")
     return values
 
 
@@ -107,6 +109,8 @@ def parse_override(text: str) -> tuple[str, object]:
     The name may lead into a parameter that is a dict: `settings.ppo.lr=1e-4`.
     """
     name, equals, value = text.partition("=")
+    for part in (text, value.strip("'\" ")):
+        secrets.check(part, "a value", "the command line: ")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[\w-]+)*", name):
         raise ValueError(f"{text!r} is not a parameter; write name=value")
     try:
@@ -196,8 +200,10 @@ def from_namespace(root, notebook: str, namespace) -> dict:
     if not path.is_file():
         if "__name__" in namespace:
             raise unknown("notebook", notebook, notebooks(root))
+        secrets.check(dict(namespace), where=f"{notebook}: ")
         return dict(namespace)
     names = declared(path)
+    secrets.check({n: namespace[n] for n in names if n in namespace}, where=f"{notebook}: ")
     common = Path(root) / "params" / str(namespace.get("profile")) / "_common.yaml"
     given = _injected() if "__name__" in namespace else namespace
     # papermill -f hands on whole files: what is for other notebooks too, and the Snakefile's grid.
@@ -247,12 +253,14 @@ def merge_params(root, notebook: str, profile: str, overrides: dict | None = Non
     nothing; so is a text where the notebook has a number (`kinds`).
     """
     root, overrides = Path(root), dict(overrides or {})
+    secrets.check(overrides, where="the command line: ")
     check_profile(root, profile)
     if notebook not in notebooks(root):
         raise unknown("notebook", notebook, notebooks(root))
     cell = defaults(root / "notebooks" / f"{notebook}.ipynb")
     if "profile" not in cell:
         raise ValueError(f"the parameters cell of {notebook} must declare 'profile'; add it")
+    secrets.check(cell, where=f"notebooks/{notebook}.ipynb: ")
     notebook_file = f"params/{profile}/{notebook}.yaml"
     specific = read_params(root / notebook_file)
     grid = specific.pop(GRID, None)

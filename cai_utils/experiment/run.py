@@ -20,7 +20,7 @@ import re
 import time
 from pathlib import Path
 
-from cai_utils.experiment import fingerprint, provenance, stamp
+from cai_utils.experiment import fingerprint, provenance, secrets, stamp
 from cai_utils.experiment.files import finite, read_json, repo_root, write_json
 from cai_utils.experiment.params import check_profile, check_sizes, from_namespace
 from cai_utils.experiment.writing import (
@@ -265,7 +265,7 @@ class Run:
                 self._wandb.log(repaired(values))
             except Exception as error:
                 self._wandb = None
-                print(f"W&B is off from here on: {error}")
+                print(f"W&B is off from here on: {secrets.hidden(error)}")
 
     def finish(self) -> None:
         """Write executed/<name>.provenance.json, with `read` and `made`, and close W&B."""
@@ -329,7 +329,7 @@ def _start_wandb(run: Run):
             settings=quiet,
         )
     except Exception as error:
-        print(f"W&B is off: {type(error).__name__}: {error}")
+        print(f"W&B is off: {type(error).__name__}: {secrets.hidden(error)}")
         return None
 
 

@@ -36,21 +36,39 @@ def _reading(what):
                          f"({type(error).__name__}: {error}); look at the server") from None
 
 
-def completion(choice, as_text, strings=()):
+def first_choice(answer, chat):
+    """The choice with index 0 of an answer, which may list others before it, and a single one
+    without an index. ValueError for an answer that is no completion, and for other indices."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not choices or not isinstance(choices, list) or not isinstance(choices[0], dict):
+        raise ValueError("an answer that is no completion")
+    given = [c.get("index") if isinstance(c, dict) else None for c in choices]
+    found = [0] if given == [None] else given
+    if not all(type(i) is int for i in found) or sorted(found) != list(range(len(found))):
+        raise ValueError(f"an answer whose choices have the indices {reprlib.repr(given)}, where "
+                         "that with 0 was asked for")
+    choice = choices[found.index(0)]
+    if not isinstance(choice.get("message" if chat else "text"), dict if chat else str):
+        raise ValueError("an answer that is no completion")
+    return choice
+
+
+def completion(choice, as_text, strings=(), usage=None):
     """(text, log-probabilities of its tokens, finish reason) of a choice, cut at stop `strings`.
 
+    usage: the answer's, which tells whether a message without content is an empty completion.
     ValueError for a text that is none, and for log-probabilities that are not finite numbers; where
     one is missing they all are left out.
     """
     with _reading("a completion"):
-        text = choice["text"] if as_text else choice["message"].get("content")
+        text = choice["text"] if as_text else _content(choice, usage)
         given = choice.get("logprobs") or {}
         logprobs = given.get("token_logprobs") or [t["logprob"] for t in given.get("content") or ()]
         logprobs = [] if None in logprobs else list(logprobs)
         named = [choice[k] for k in ("stop_reason", "matched_stop") if k in choice]
-    text = "" if text is None else text
     if not isinstance(text, str):
-        raise ValueError(f"the server's answer is {reprlib.repr(text)}, which is no text")
+        raise ValueError(f"the server's answer is {reprlib.repr(text)}, which is no text; look at "
+                         "the server (its parsers of reasoning and tools, where it is None)")
     for logprob in logprobs:
         if not _is_number(logprob) or not _IMPOSSIBLE < logprob <= 0.01:
             raise ValueError(f"the server gives {reprlib.repr(logprob)} as log-probability of a "
@@ -65,6 +83,21 @@ def completion(choice, as_text, strings=()):
     elif reason not in ("length", "content_filter", "tool_calls"):
         reason = "stop" if strings and not named else "eos"
     return text, logprobs, reason
+
+
+def _content(choice, usage):
+    """The content of a message. None (null) is an empty text where the answer says why: tools were
+    called, a filter took it, all of it was reasoning, or nothing was made but the end (SGLang)."""
+    message = choice["message"]
+    reason, ended = choice.get("finish_reason"), choice.get("matched_stop")
+    made = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    empty = (
+        reason in ("tool_calls", "content_filter")
+        or message.get("reasoning_content") or message.get("reasoning")
+        or reason == "stop" and (made in (0, 1) or isinstance(ended, str))
+    )
+    content = message.get("content")
+    return "" if content is None and empty else content
 
 
 def prompt_tokens(answer, way):

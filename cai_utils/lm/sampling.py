@@ -44,6 +44,10 @@ from cai_utils.lm.kvcache import out_of_memory
 from cai_utils.seeds import uniforms
 
 
+class PromptTooLong(ValueError):
+    """A prompt and the tokens asked for behind it are more than the model's context."""
+
+
 class Sampler:
     """Samples from, and scores choices under, one causal LM and its tokenizer.
 

@@ -10,7 +10,7 @@ token ids, prompts go as the ids that a local model would read. `endpoint.py` se
 from __future__ import annotations
 
 import os
-import threading
+import re
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -26,13 +26,18 @@ from cai_utils.lm.completion import (
     check_texts,
     render_all,
 )
-from cai_utils.lm.endpoint import Endpoint, split_spec
+from cai_utils.lm.endpoint import Endpoint, Refused, split_spec
+from cai_utils.lm.sampling import PromptTooLong
 from cai_utils.lm.tokens import continuation_ids, text_ids, without_bos
+from cai_utils.lm.transport import Halt
 from cai_utils.seeds import stable_int
 
 # What turns off filters of the distribution that a server applies by itself: vLLM those of a
 # model's generation_config.json, llama.cpp top_k 40 and min_p 0.05.
 UNFILTERED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+_LINGER, _SOON = 60.0, 2.0  # seconds for which answers under way are waited for after an error
+_NO_TEMPLATE = re.compile(r"(?i)(?:no|provide a|without a|must set a) chat.?template"
+                          r"|template.{0,40}(?:not found|not set|not defined|is missing)")
 # Other vocabularies need other counts of tokens for it.
 _PROBE = "Antidisestablishmentarianism: 31,415 naïve cafés?\n\n  (A) Zwölf; def f(x):\n\treturn"
 
@@ -42,17 +47,17 @@ class Server:
 
     tokenizer: the model's own. With it a conversation is rendered here, as for a local model, and
     sent as token ids, or as text where the server takes none. Without one the server renders it if
-    it has a chat template, else it is the paper's transcript; an assistant turn with a given
-    beginning, as in `feedback`, needs a tokenizer for chat models. concurrency: requests sent at
-    once. options: of `endpoint.Endpoint`.
+    it has a chat template, else it is the paper's transcript; form="transcript" or "chat" says
+    which without asking. An assistant turn with a given beginning, as in `feedback`, needs a
+    tokenizer for chat models. concurrency: requests sent at once. options: of `endpoint.Endpoint`.
     """
 
     context = None  # known to the server alone
 
-    def __init__(self, url, model, tokenizer=None, *, concurrency=16, **options):
+    def __init__(self, url, model, tokenizer=None, *, form=None, concurrency=16, **options):
         self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
         self.endpoint = Endpoint(self.url, model, connections=concurrency, **options)
-        self.tokenizer = tokenizer if tokenizer is not None else _Unknown(self.endpoint)
+        self.tokenizer = tokenizer if tokenizer is not None else _Unknown(self.endpoint, form)
         self.source = ["server", self.url, model]
         self._scoring, self._takes_ids, self._takes_stop = None, None, None
         self._refused = set()  # parameters that the server does not know
@@ -61,13 +66,14 @@ class Server:
     def from_spec(cls, spec, **options):
         """`server:URL#model`, with `;tokenizer=SPEC` behind it where conversations are to be
         rendered here (SPEC as in `models.resolve`; taken by itself where the model's name is a
-        local folder). Errors as in `endpoint.split_spec`."""
+        local folder), or `;form=transcript` for a base model whose server does not say that it has
+        no chat template. Errors as in `endpoint.split_spec`."""
         url, model, more = split_spec(spec)
-        named = more.get("tokenizer")
-        if not named and os.path.isfile(os.path.join(model, "tokenizer_config.json")):
+        named, form = more.get("tokenizer"), more.get("form")
+        if not named and not form and os.path.isfile(os.path.join(model, "tokenizer_config.json")):
             named = model
         tokenizer = models.load_tokenizer(named) if named else None
-        return cls(url, model, tokenizer, **options)
+        return cls(url, model, tokenizer, form=form, **options)
 
     def __repr__(self):
         return f"Server({self.url!r}, {self.model!r})"
@@ -82,8 +88,9 @@ class Server:
         honours seeds. Filters of the distribution that the server applies by itself are turned off
         (`UNFILTERED`), where it knows them.
 
-        ValueError for what the server refuses (a prompt beyond its context, an unknown model),
-        naming the input; ConnectionError for a server that is down or keeps failing.
+        ValueError for what the server refuses (an unknown model, a wrong key), naming the input;
+        `PromptTooLong` where that is a prompt beyond the model's context; ConnectionError for a
+        server that is down or keeps failing.
         """
         check_settings(n, temperature, top_p, max_new_tokens)
         check_inputs(inputs)
@@ -162,8 +169,9 @@ class Server:
     # Work
 
     def _work(self, jobs, run, keep, names, unit, total, progress):
-        """Runs jobs in threads and keeps each result at once; the first error ends the rest."""
-        halt, waiting = threading.Event(), iter(jobs)
+        """Runs jobs in threads and keeps each result at once; the first error ends the rest, an
+        interrupt (^C) the requests under way, too."""
+        halt, waiting = Halt(), iter(jobs)
         pool = ThreadPoolExecutor(self.concurrency)
         pending = {}
         try:
@@ -177,23 +185,29 @@ class Server:
                         return
                     done, _ = wait(pending, return_when=FIRST_COMPLETED)
                     for future in done:
-                        job = pending.pop(future)
+                        job = pending[future]
                         try:
                             value = future.result()
                         except ValueError as error:
-                            raise ValueError(f"{names[job]}: {error}") from None
+                            kind = PromptTooLong if _too_long(error) else ValueError
+                            raise kind(f"{names[job]}: {error}") from None
                         keep([job], [value])
+                        del pending[future]  # last: an interrupt before it loses nothing
                         bar.update(1)
         except (ValueError, ConnectionError):
-            halt.set()  # no more tries, but pending answers are waited for and kept
-            pool.shutdown(cancel_futures=True)
-            for future, job in pending.items():
-                if not future.cancelled() and future.exception() is None:
-                    keep([job], [future.result()])
+            halt.set()  # no more tries, but answers under way are waited for and kept
+            pool.shutdown(wait=False, cancel_futures=True)
+            if wait(pending, timeout=_SOON).not_done:
+                print(f"{self.url}: a request failed; at most {_LINGER:g} s are waited for the "
+                      "answers under way", flush=True)  # fmt: skip
+                wait(pending, timeout=_LINGER)
             raise
         finally:
-            halt.set()
+            halt.now()
             pool.shutdown(wait=False, cancel_futures=True)
+            for future, job in pending.items():
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    keep([job], [future.result()])
 
     def _asked(self, inputs):
         """What is sent for each input: token ids, text, or messages where the server is to render
@@ -224,9 +238,10 @@ class Server:
         for prompt, tries in ((_PROBE, None), (ids, 3)):
             body = {"prompt": prompt, "max_tokens": 1, "temperature": 0}
             try:
-                answer = self.endpoint.post("completions", body, threading.Event(), tries)
+                answer = self.endpoint.post("completions", body, Halt(), tries)
             except (ValueError, ConnectionError) as error:
-                if prompt is _PROBE and isinstance(error, ConnectionError):
+                down = prompt is _PROBE and isinstance(error, ConnectionError)
+                if down or _is_about_the_key(error):
                     raise
                 return False
             usage = answer.get("usage")
@@ -265,6 +280,8 @@ class Server:
             try:
                 answer = self.endpoint.post(path, body, halt, tries=2 if unsure else None)
             except (ValueError, ConnectionError) as error:
+                if _too_long(error):
+                    raise
                 said = str(error)
                 unknown = [p for p in (*UNFILTERED, "logprobs") if p in body and p in said]
                 # Texts are cut here anyway, so stop strings that a server refuses are left out:
@@ -282,7 +299,8 @@ class Server:
         # One request's finding holds for all, unless another was accepted with stop strings.
         if strings and self._takes_stop is None:
             self._takes_stop = "stop" in body
-        text, logprobs, reason = replies.completion(answer["choices"][0], as_text, strings)
+        text, logprobs, reason = replies.completion(
+            answer["choices"][0], as_text, strings, answer.get("usage"))
         return Completion(text, [], logprobs, reason)
 
     def _way_to_score(self):
@@ -293,9 +311,11 @@ class Server:
         for way in ("prompt_logprobs", "echo"):  # the first tells token ids
             try:
                 # A server that ignores the parameter tells of one token at most, the sampled one.
-                if len(self._tokens(probe, threading.Event(), way).keys) > 1:
+                if len(self._tokens(probe, Halt(), way).keys) > 1:
                     return way
             except ValueError as error:
+                if _is_about_the_key(error):
+                    raise
                 refused = f". It says: {error}"
         raise ValueError(
             f"{self.url} returns no log-probabilities of a prompt's tokens for {self.model} "
@@ -349,22 +369,45 @@ class Server:
         return replies.prompt_tokens(self.endpoint.post("completions", body, halt), way)
 
 
+def _too_long(error):
+    return isinstance(error, Refused) and error.too_long
+
+
+def _is_about_the_key(error):
+    return isinstance(error, Refused) and error.status in (401, 403)
+
+
 class _Unknown:
     """In place of the tokenizer of a served model when that is not available here."""
 
-    def __init__(self, endpoint):
-        self._endpoint, self._template = endpoint, None
+    def __init__(self, endpoint, form=None):
+        self._endpoint = endpoint
+        self._template = {None: None, "chat": "the server's", "transcript": ""}[form]
 
     @property
     def chat_template(self):
-        """Not empty where the server renders conversations itself; requested once."""
+        """Not empty where the server renders conversations itself; requested once, of its chat
+        route. Empty, with a printed line, where it says there that the model has no chat template.
+        Any other error is raised, with how to ask for the transcript: a wrong key or name or a
+        passing fault must not turn a chat model's run into a base model's."""
         if self._template is None:
+            url, model = self._endpoint.url, self._endpoint.model
             hello = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
             try:
-                self._endpoint.post("chat/completions", hello, threading.Event())
+                self._endpoint.post("chat/completions", hello, Halt())
                 self._template = "the server's"
-            except ValueError:
-                self._template = ""
+            except (ValueError, ConnectionError) as error:
+                bare = isinstance(error, Refused) and error.status in (400, 422)
+                if bare and _NO_TEMPLATE.search(error.said):
+                    print(f"{url}: {model} has no chat template (it says: {error.said[:120]}), so "
+                          "conversations go to it as text, 'Human: ... Assistant:'", flush=True)
+                    self._template = ""
+                else:
+                    if not _is_about_the_key(error) and self._endpoint.alive:
+                        error.args = (f"{error}. If this server has no chat route, or {model} is a "
+                                      "base model, ask for the transcript form: "
+                                      f"server:{url}#{model};form=transcript",)
+                    raise
         return self._template
 
     def apply_chat_template(self, *_, **__):

@@ -234,7 +234,7 @@ def test_the_key_is_sent_and_nowhere_else(monkeypatch, caplog, capsys, tmp_path)
     assert "input 1: " in str(refused.value) and "HTTP 400" in str(refused.value)
     assert str(refused.value).endswith("Bearer ***")  # the server quoted it
     seen = [str(refused.value), repr(server), repr(vars(server)), repr(vars(server.endpoint)),
-            str(server.endpoint._client.headers), caplog.text, *capsys.readouterr(),
+            str(server.endpoint._client._client.headers), caplog.text, *capsys.readouterr(),
             (tmp_path / "x").read_text()]  # fmt: skip
     assert not [text for text in seen if KEY in text]
     for spec in (f"server:http://me:{KEY}@host/v1#m", f"server:https://host/v1?key={KEY}#m"):
@@ -316,9 +316,9 @@ def test_conversations():
         pairs = [{"prompt": talk, "responses": ["x", "y"]}]
         with pytest.raises(ValueError, match="applies the chat template.*;tokenizer=FOLDER"):
             feedback.label(fast(fake.url), pairs, law)
-    with Fake(tells=None, chat=False) as fake:  # a base model: gets the transcript
-        fast(fake.url).generate([talk])
-        assert fake.asked[-1]["prompt"] == text
+    with Fake(tells=None, chat=False) as fake:  # no chat route: the transcript where asked for
+        backends.from_spec(f"server:{fake.url}#m;form=transcript").generate([talk])
+        assert [body["prompt"] for body in fake.asked] == [text]
     chat = tiny.tokenizer()
     chat.chat_template = ("{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}"
                           "{% endfor %}{{ '<assistant>' if add_generation_prompt }}")
