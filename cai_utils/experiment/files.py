@@ -8,6 +8,7 @@ import gzip
 import json
 import math
 import os
+import re
 import uuid
 import zlib
 from contextlib import contextmanager
@@ -174,6 +175,17 @@ def repo_root() -> Path:
     raise FileNotFoundError(
         f"{here} is not inside a clone of cai-lab; go there, or set CAI_ROOT to its folder"
     )
+
+
+def file_name(text, what: str) -> str:
+    """`text`; ValueError, calling it `what`, where it cannot be the name of a file inside a folder:
+    empty, with a path separator or a control character, `..`, over 200 bytes."""
+    fine = isinstance(text, str) and text not in ("", ".", "..") and not re.search(
+        r"[/\\\x00-\x1f\x7f\ud800-\udfff]", text) and len(text.encode()) <= 200
+    if not fine:
+        raise ValueError(f"{what} {text!r:.80} cannot be the name of a file: give one without "
+                         "slashes and control characters, of at most 200 bytes")
+    return text
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import os
 import time
 from pathlib import Path
 
-from cai_utils.experiment import fingerprint, provenance, stamp
+from cai_utils.experiment import fingerprint, locks, provenance, stamp
 from cai_utils.experiment.files import (
     atomic,
     finite,
@@ -221,6 +221,7 @@ def start(notebook: str, namespace) -> Run:
     if not namespace.get("profile"):
         raise ValueError(f"{notebook}: its parameters must hold 'profile', a folder of params/")
     root = repo_root()
+    locks.join()
     check_profile(root, namespace["profile"])
     params = from_namespace(root, notebook, namespace)
     check_sizes(root, params, f"{notebook}: ")
