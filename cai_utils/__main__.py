@@ -32,8 +32,8 @@ def run(options) -> None:
     params = merge_params(root, notebook, profile, overrides)
     folder = check_folder(root / "runs" / profile)
     # Under another name it would write the same rows and models.
-    names = {name, stamp.point(root, notebook, profile, overrides)}
-    with locks.held(folder, names, f"{name} runs"):
+    point = stamp.point(root, notebook, profile, overrides)
+    with locks.held(folder, {name, point}, f"{point} runs"):
         _run(options, root, notebook, name, overrides, params)
 
 

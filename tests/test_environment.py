@@ -152,7 +152,9 @@ def clone(tmp_path):
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         (root / name).write_bytes((ROOT / name).read_bytes())
     stub = root / ".venv" / "bin" / "python"
-    stub.write_text('#!/bin/bash\nprintf "%s\\0" "$@" $\'\\n\' >>calls; [ "${CAI_PARENT:-0}" -ne 1 ]\n')
+    # It has to be make's own child where it is told to end with make.
+    stub.write_text('#!/bin/bash\nprintf "%s\\0" "$@" $\'\\n\' >>calls\n'
+                    '[ "${CAI_PARENT:-$PPID}" = $PPID ]\n')
     stub.chmod(0o755)
     (root / ".venv" / ".installed").touch()
     return root
@@ -218,8 +220,8 @@ case "$*" in *venv*) step=venv;; *-r*) step=pip; echo Installing;; *) step=edita
 echo $step >>calls
 if [ $step = venv ]; then mkdir -p .venv/bin; cp python .venv/bin/python; fi
 if [ $step = {at} ] && [ ! -e killed ]; then
-  touch killed .venv/half; kill -9 -- -$$(ps -o pgid= $$); fi
-""".replace("$$(ps", "$(ps").replace("-$(ps -o pgid= $$)", "-$(ps -o pgid= $$ | tr -d ' ')"))
+  touch killed .venv/half; kill -9 0; fi
+""")
     python.chmod(0o755)
     command = ["make", "-C", str(clone), "env", "PYTHON=./python"]
     first = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
