@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cai_utils.experiment.writing import NotWritten, explained
+
 PAPER_COMMIT = "831f7813dbafab659a526d7452f7adeac464b796"
 PAPER_URL = ("https://raw.githubusercontent.com/anthropics/ConstitutionalHarmlessnessPaper/"
              f"{PAPER_COMMIT}/")
@@ -78,7 +80,7 @@ def paper_file(name: str) -> Path:
     """A file of the paper's published repository, for example `evals/438HHHEvaluations.jsonl`:
     from $CAI_DATA_DIR/constitutional_harmlessness_paper, else fetched once at the pinned commit.
 
-    FileNotFoundError when it is in neither place.
+    FileNotFoundError when it is in neither place; NotWritten where the disk is full.
     """
     return _file("constitutional_harmlessness_paper", name, f"{name} of the paper", PAPER_URL, name,
                  PAPER_SHA256.get(name))
@@ -108,7 +110,10 @@ def _file(folder, name, what, base_url, remote, sha256) -> Path:
     store = pooch.create(pooch.os_cache("cai_utils") / folder / commit, base_url,
                          registry={remote: sha256})
     try:
-        return Path(store.fetch(remote))
+        with explained(store.abspath / remote):
+            return Path(store.fetch(remote))
+    except NotWritten:
+        raise
     except Exception as error:  # pooch raises many kinds when offline: one message for the user
         given = os.environ.get("CAI_DATA_DIR") or "unset"
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Reading and writing: rows, JSON, atomic files, and the root of the repository."""
+"""Reading and writing: rows, JSON, and the root of the repository; `writing` has the rest."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import json
 import math
 import os
 import re
-import uuid
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
+
+# Names that were always here; of `writing` nothing counts in the fingerprints of what is made.
+from cai_utils.experiment.writing import NotWritten as NotWritten
+from cai_utils.experiment.writing import atomic, lone, repaired, whole, write_text
+from cai_utils.experiment.writing import remove_stale as remove_stale
+from cai_utils.experiment.writing import save_figure as save_figure
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -23,9 +28,10 @@ def read_rows(path) -> list[dict]:
 
     JSON: one object a line (empty lines are skipped), or one array of objects. Text is UTF-8, with
     or without a byte order mark. NaN and infinities, which pandas writes for missing numbers, are
-    None (`without_nan`). FileNotFoundError when the file is missing; ValueError, naming the file
-    and where there is one the line, for another ending or encoding, a Git LFS pointer, a damaged
-    file, and a line that is not a JSON object or has more cells than the CSV has columns.
+    None (`without_nan`); an escape of half a character is U+FFFD (`writing.whole`).
+    FileNotFoundError when the file is missing; ValueError, naming the file and where there is one
+    the line, for another ending or encoding, a Git LFS pointer, a damaged file, and a line that is
+    not a JSON object or has more cells than the CSV has columns.
     """
     path = Path(path)
     if not path.exists():
@@ -87,7 +93,8 @@ def _json_rows(file, path):
 
 def _json(text, path, number):
     try:
-        return without_nan(json.loads(text))
+        value = without_nan(json.loads(text))
+        return repaired(value) if "\\u" in text else value  # an escape may name half a character
     except (ValueError, RecursionError) as error:  # also: too many digits, nested too deeply
         why = "it looks like UTF-16: save it as UTF-8" if "\0" in text else error
         number += getattr(error, "lineno", 1) - 1
@@ -134,26 +141,32 @@ def _not_utf8(path, file):
 def write_rows(path, rows) -> None:
     """Writes rows as .jsonl or .jsonl.gz, atomically (a temporary file, then a rename).
 
-    ValueError for another ending, and for a row that holds NaN or an infinity, which JSON has not.
+    U+FFFD stands for each lone surrogate (`writing.whole`). ValueError for another ending, and for
+    a row that holds NaN or an infinity, which JSON has not; NotWritten where the disk is full.
     """
-    path = Path(path)
+    with rows_beside(path, rows):
+        pass
+
+
+@contextmanager
+def rows_beside(path, rows):
+    """`write_rows` in two steps: yields (the temporary file, complete; how many lone surrogates
+    were replaced), which takes its place at the end."""
+    path, marks = Path(path), 0
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"{path}: rows are written as .jsonl or .jsonl.gz")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with (gzip.open if path.name.endswith(".gz") else open)(
-            temporary, "wt", encoding="utf-8", newline="\n"
-        ) as file:
+    opener = gzip.open if path.name.endswith(".gz") else open
+    with atomic(path) as temporary:
+        with opener(temporary, "wt", encoding="utf-8", newline="\n") as file:
             for number, row in enumerate(rows, 1):
                 wrong = [name for name, value in row.items() if not _finite(value)]
                 if wrong:
                     raise ValueError(f"{path}, row {number} (id {row.get('id')}): "
                                      f"{', '.join(wrong)}: not a finite number")
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+                line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+                marks += lone(line)
+                file.write(whole(line) + "\n")
+        yield temporary, marks
 
 
 def repo_root() -> Path:
@@ -188,23 +201,6 @@ def file_name(text, what: str) -> str:
     return text
 
 
-@contextmanager
-def atomic(path):
-    """Yield a temporary path beside `path`; on success it takes the place of `path`.
-
-    A reader sees the old file or the new one, never a part, even when the writer is killed.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last because writers (matplotlib, pandas, gzip) choose the format by it.
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def without_nan(value):
     """A row, or a list of them, with None for NaN and infinities. In `p_chosen`, `weight` and
     `score` they stay, and loaders refuse them: None would mean that nothing was said."""
@@ -233,13 +229,18 @@ def _finite(value) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+def plain(value, default=str):
+    """`value` as JSON that is read back equal: what JSON does not know becomes what `default` makes
+    of it, NaN and infinities None, lone surrogates U+FFFD."""
+    text = whole(json.dumps(value, default=default, ensure_ascii=False))
+    return finite(json.loads(text))
+
+
 def write_json(path, value, default=str) -> None:
-    """Write `value` as indented JSON, atomically; what JSON does not know becomes what `default`
-    makes of it, NaN and infinities null."""
-    plain = finite(json.loads(json.dumps(value, default=default)))
-    with atomic(path) as temporary:
-        text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    """Write `plain(value, default)` as indented JSON, atomically; NotWritten where the disk is
+    full."""
+    text = json.dumps(plain(value, default), indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def read_json(path) -> dict:
@@ -249,21 +250,3 @@ def read_json(path) -> dict:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def save_figure(figure, folder, name: str, rc: dict | None = None) -> Path:
-    """Write <name>.png (200 dpi) and .pdf of a matplotlib figure; the path of the PNG.
-
-    No date and no program name inside: the same table gives the same bytes. `rc`: matplotlib's
-    rc parameters of a user's style.
-    """
-    import matplotlib
-
-    # Type 42 keeps the text of a PDF editable; some publishers refuse matplotlib's default, type 3.
-    rc = {"savefig.dpi": 200, "savefig.bbox": "tight", "pdf.fonttype": 42, **(rc or {})}
-    pdf = {"CreationDate": None, "Creator": None, "Producer": None}
-    with matplotlib.rc_context(rc):
-        for suffix, metadata in (("pdf", pdf), ("png", {"Software": None})):
-            with atomic(Path(folder) / f"{name}.{suffix}") as temporary:
-                figure.savefig(temporary, metadata=metadata)
-    return Path(folder) / f"{name}.png"

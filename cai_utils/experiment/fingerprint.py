@@ -23,20 +23,34 @@ from cai_utils.experiment.dependencies import (
     plain_python,
 )
 from cai_utils.experiment.files import PACKAGE
+from cai_utils.experiment.writing import whole
 
 
 def file_digest(path) -> str:
     """sha256 of a file's content, or of the names and contents of all files of a folder."""
+    return total(path, file_digests(path))
+
+
+def file_digests(path) -> dict[str, str]:
+    """{name: sha256} of a file, or of all files of a folder with their paths in it."""
     path = Path(path)
-    if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    if not path.is_dir():
+    if not path.exists():
         raise FileNotFoundError(f"{path} is part of a key, but there is no such file or folder")
-    total = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        total.update(f"{file.relative_to(path).as_posix()} {file_digest(file)}\n".encode())
-    return total.hexdigest()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    found = {}
+    for file in files:
+        with open(file, "rb") as opened:
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            found[name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
+
+
+def total(path, digests: dict[str, str]) -> str:
+    """The `file_digest` that belongs to the `file_digests` of a path."""
+    if Path(path).is_file():
+        return digests[Path(path).name]
+    listed = "".join(f"{name} {sha}\n" for name, sha in digests.items())
+    return hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
 
 
 def canonical(value, name="key"):
@@ -47,10 +61,12 @@ def canonical(value, name="key"):
     """
     if isinstance(value, float) and not math.isfinite(value):  # JSON has no such number
         return {"float": repr(float(value))}
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | float):
         return value
+    if isinstance(value, str):
+        return whole(value)
     if isinstance(value, dict):
-        return {str(k): canonical(v, f"{name}.{k}") for k, v in value.items()}
+        return {whole(str(k)): canonical(v, f"{name}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple):
         items = [canonical(v, f"{name}[{i}]") for i, v in enumerate(value)]
         # Long lists (all the prompts of a run) would make the record unreadable.

@@ -14,10 +14,13 @@ import json
 import os
 import sys
 import time
+import zlib
 from contextvars import ContextVar
 from pathlib import Path
 
 from tqdm.auto import tqdm
+
+from cai_utils.experiment.writing import explained, lone, repaired, set_aside
 
 _LINE_EVERY = 30.0  # seconds between two lines of a batch
 _active: ContextVar[Journal | None] = ContextVar("journal", default=None)
@@ -66,46 +69,81 @@ class _Lines:
 
 
 class Journal:
-    """Finished samples in a file of JSON lines: a header, then `[key, value]` each.
+    """Finished samples in a file of JSON lines: a header, then `[key, value, checksum]` each.
 
-    A file with another header belongs to other work and is overwritten. A last line without its end
-    (the process was killed while it wrote) is cut off; a line that is not JSON is ignored.
+    A file with another header belongs to other work and is overwritten; one with a damaged header
+    is set aside. A last line without its end (the process was killed while it wrote) is cut off; a
+    line that does not match its checksum is left out, and counted in `damaged`. `marks` counts the
+    lone surrogates in what was put (`pick_up`).
     """
 
     def __init__(self, path, header):
-        self.path, self.found = Path(path), {}
-        first = (json.dumps(header, sort_keys=True) + "\n").encode()
+        self.path, self.found, self.damaged, self.marks = Path(path), {}, 0, 0
+        first = _line(json.dumps([header], sort_keys=True))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")
-        self._alone = _lock(self._file)
+        self._open()
         if not self._alone:
             return
-        self._file.seek(0)
-        whole = self._file.readline() == first
-        good = self._file.tell() if whole else 0
-        for line in self._file if whole else ():
-            if not line.endswith(b"\n"):
-                break
-            good += len(line)
-            with contextlib.suppress(ValueError, TypeError):
-                key, value = json.loads(line)
-                self.found[key] = value
+        with open(self.path, "rb") as file:
+            there = file.readline()
+            if there.endswith(b"\n") and _parts(there) is None:
+                self._refuse(there)
+            good = len(first) if there == first else 0
+            for line in file if good else ():
+                if not line.endswith(b"\n"):
+                    break
+                good += len(line)
+                self._take(_parts(line))
         self._file.truncate(good)
-        self._file.seek(0, os.SEEK_END)
-        if not whole:
-            self._file.write(first)
-            self._file.flush()
+        self._size = good
+        if not good:
+            self._write(first)
+
+    def _open(self):
+        # Without a buffer: what a full disk has not taken would be in it for ever.
+        self._file = open(self.path, "ab", buffering=0)
+        self._alone = _lock(self._file)
+
+    def _refuse(self, there):
+        """Says why a file with such a first line is begun anew."""
+        with contextlib.suppress(ValueError):
+            if not isinstance(json.loads(there), list):
+                print(f"{self.path.name}: of an earlier version, without checksums; begun anew")
+                return
+        self._file.close()
+        print(f"{self.path.name}: its first line is damaged; set aside as "
+              f"{set_aside(self.path).name}, begun anew")
+        self._open()
+
+    def _take(self, parts):
+        try:
+            key, value = parts
+            self.found[key] = value
+        except (TypeError, ValueError):
+            self.damaged += 1
 
     def add(self, pieces):
         """Appends (key, value) pairs to the file. A value with NaN or an infinity, which JSON has
-        not, is left out: a run that resumes computes it again."""
+        not, is left out: a run that resumes computes it again. NotWritten where the disk is full:
+        what is in the file stays good."""
         if not self._alone:
             return
         for key, value in pieces:
             with contextlib.suppress(ValueError):
-                self._file.write((json.dumps([key, value], allow_nan=False) + "\n").encode())
+                self._write(_line(json.dumps([key, value], allow_nan=False)))
                 self.found[key] = value
-        self._file.flush()
+
+    def _write(self, line):
+        with explained(self.path):
+            try:
+                done = 0
+                while done < len(line):
+                    done += self._file.write(line[done:])
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(self._size)
+                raise
+        self._size += len(line)
 
     def close(self):
         self._file.close()
@@ -115,6 +153,23 @@ class Journal:
         self.close()
         if self._alone:
             self.path.unlink(missing_ok=True)
+
+
+def _line(text):
+    """A line of the file: a list, as JSON, with a checksum as one more entry."""
+    text = text.encode()
+    return text[:-1] + b', "%08x"]\n' % zlib.crc32(text)
+
+
+def _parts(line):
+    """The list that `_line` was made from; None for a line that does not match its checksum."""
+    text, check = line[:-14] + b"]", line[-14:]
+    if check != b', "%08x"]\n' % zlib.crc32(text):
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _lock(file):
@@ -149,6 +204,9 @@ def recording(path, header):
 def pick_up(source, jobs, describe, put):
     """The jobs that the active journal does not hold yet, and how to store them: (jobs, keep).
 
+    Texts come to `put` with U+FFFD for each lone surrogate (`writing.whole`), which no tokenizer
+    and no file takes.
+
     source: JSON that identifies a model which does not change, or None: then nothing is stored.
     describe: job -> JSON of all that decides its result. `put(job, value)` is called at once for
     jobs in the journal; `keep(jobs, values)` stores values (JSON) and calls `put` for them.
@@ -161,16 +219,27 @@ def pick_up(source, jobs, describe, put):
 
     keys = {job: key(job) for job in jobs} if journal else {}
 
+    def told(job, value):
+        clean = repaired(value)
+        if journal and clean != value:
+            journal.marks += lone(json.dumps(value, ensure_ascii=False))
+        put(job, clean)
+
     def keep(done, values):
         if journal:
             journal.add([(keys[job], value) for job, value in zip(done, values, strict=True)])
         for job, value in zip(done, values, strict=True):
-            put(job, value)
+            told(job, value)
 
-    left = []
+    left, unfit = [], 0
     for job in jobs:
         if journal and keys[job] in journal.found:
-            put(job, journal.found[keys[job]])
-        else:
-            left.append(job)
+            try:
+                told(job, journal.found[keys[job]])
+                continue
+            except (TypeError, ValueError, LookupError, AttributeError):
+                unfit += 1
+        left.append(job)
+    if unfit:
+        print(f"{journal.path.name}: {unfit} samples do not have their form; made again")
     return left, keep

@@ -1,4 +1,5 @@
-"""What a result was made from: parameters, code, versions, machine."""
+"""What a result was made from: parameters, code, versions, machine; and whether it is still what
+its record says."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+from cai_utils.experiment import fingerprint
+from cai_utils.experiment.files import plain, read_json
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
 
@@ -82,3 +86,29 @@ def describe(root, notebook: str, params: dict) -> dict:
         "machine": machine(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+# ---------------------------------------------------------------- what is still as it was made
+def seal(record: dict) -> dict:
+    """A record with a checksum of itself, `check`, ready for JSON."""
+    record = plain(record)
+    return {**record, "check": fingerprint.digest(record)}
+
+
+def read(path) -> dict | None:
+    """A record that was sealed; {} where there is none, None where it is damaged. Records of
+    earlier versions have no seal and are taken as they are."""
+    if not Path(path).exists():
+        return {}
+    record = read_json(path)
+    check = record.pop("check", None)
+    sealed = check is not None or "sha256" in record
+    return record if record and (not sealed or check == fingerprint.digest(record)) else None
+
+
+def changed(path, digests: dict, record: dict) -> list[str]:
+    """The files of `path`, a file or a folder with its `fingerprint.file_digests`, that are not
+    what `record` says, or missing; files that were added do not count."""
+    path = Path(path)
+    wanted = {path.name: record.get("sha256")} if path.is_file() else record.get("folder", {})
+    return [name for name, sha in wanted.items() if sha and digests.get(name) != sha]

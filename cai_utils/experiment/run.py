@@ -14,20 +14,24 @@ In the batch: `python -m cai_utils run 04_revision_iterations --profile miniatur
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
+import re
 import time
 from pathlib import Path
 
 from cai_utils.experiment import fingerprint, locks, provenance, stamp
-from cai_utils.experiment.files import (
-    atomic,
-    finite,
-    read_json,
-    repo_root,
-    save_figure,
-    write_json,
-)
+from cai_utils.experiment.files import finite, read_json, repo_root, write_json
 from cai_utils.experiment.params import check_profile, check_sizes, from_namespace
+from cai_utils.experiment.writing import (
+    atomic,
+    explained,
+    repaired,
+    save_figure,
+    set_aside,
+    whole,
+    write_text,
+)
 
 
 class Run:
@@ -44,8 +48,9 @@ class Run:
         self.notebook, self.params = notebook, dict(params)
         self.profile, self.seed = params["profile"], params.get("seed", 0)
         self.dir = self.root / "runs" / self.profile
-        for name in ("data", "models", "results", "figures", "wandb", "executed"):
-            (self.dir / name).mkdir(parents=True, exist_ok=True)
+        with explained(self.dir):
+            for name in ("data", "models", "results", "figures", "wandb", "executed"):
+                (self.dir / name).mkdir(parents=True, exist_ok=True)
         self.provenance = provenance.describe(self.root, notebook, self.params)
         self._started = time.time()
         self._wandb = _start_wandb(self)
@@ -65,7 +70,8 @@ class Run:
         """`path` (relative ones: under runs/<profile>), which notebook `made_by` makes.
 
         made_by may name the parameters, too: "09_rl method=rl_cai size=s". Raises
-        FileNotFoundError that says how to make it when it is missing or an empty folder.
+        FileNotFoundError that says how to make it when it is missing or an empty folder;
+        ValueError when it is not what its record says: damaged, or edited.
         """
         path = self.dir / path
         if not (path.is_file() or (path.is_dir() and any(path.iterdir()))):
@@ -76,8 +82,29 @@ class Run:
             )
         name = self._name(path)
         if name not in self.read and name not in self.made:
-            self.read[name] = fingerprint.file_digest(path)
+            digests = fingerprint.file_digests(path)
+            self._refuse_changed(path, digests, made_by)
+            self.read[name] = fingerprint.total(path, digests)
         return path
+
+    def _refuse_changed(self, path, digests, made_by):
+        """ValueError where the record beside what another notebook made says otherwise."""
+        beside = self._record(path)
+        record = read_json(beside) if path.suffix == ".csv" else provenance.read(beside)
+        wrong = provenance.changed(path, digests, record or {})
+        if wrong or record is None or (not record and beside.is_file()):
+            what = f"{', '.join(wrong)} changed since" if wrong else f"{beside.name} is damaged"
+            raise ValueError(
+                f"{path} is not as {made_by.split()[0]} made it: {what}. To make it again: `python "
+                f"-m cai_utils run {made_by} --profile {self.profile}`; to go on with what is "
+                f"there, remove its record, {beside}")
+
+    def _record(self, path: Path) -> Path:
+        """Where the checksums of rows, of a table or of a model that `trained` made stand."""
+        if path.is_dir():
+            return self.data(f"training_{path.parent.name}_{path.name}.jsonl.key.json")
+        return (path.with_suffix(".provenance.json") if path.suffix == ".csv"
+                else path.with_name(f"{path.name}.key.json"))
 
     def _name(self, path: Path) -> str:
         inside = path.is_relative_to(self.dir)
@@ -93,46 +120,99 @@ class Run:
         that it reads (its content counts). ValueError for a value without a fingerprint.
 
         What `make` samples is kept in <name>.jsonl.partial as it comes, and taken up from there
-        after a kill or an error, as long as key and code are the same.
+        after a kill or an error, as long as key and code are the same. Rows, or a record of them,
+        that are not as they were written are set aside as <name>.damaged, and made again.
         """
+        return self._kept(name, make, key)
+
+    def _kept(self, name, make, key, folder=None):
+        """As `rows`; with a model's folder that `make` makes as well and that the record covers."""
         from cai_utils.experiment import journal
-        from cai_utils.experiment.files import read_rows, write_rows
+        from cai_utils.experiment.files import read_rows, rows_beside
 
         path = self.data(name)
         sidecar = path.with_name(f"{path.name}.key.json")
         canonical = fingerprint.canonical(key, f"rows({name!r}): key")
         new = {"key": canonical, "code": fingerprint.code_digest(make)}
-        old = read_json(sidecar)
-        if path.is_file() and {k: old.get(k) for k in new} == new:
-            rows = read_rows(path)
-            self.made[self._name(path)] = fingerprint.file_digest(path)
-            print(f"{path.name}: {len(rows)} rows, kept from an earlier run")
-            return rows
+        old = provenance.read(sidecar)
+        if old is None:
+            self._aside(sidecar, path)
+        elif {k: old.get(k) for k in new} == new:
+            rows = self._as_recorded(path, folder, old)
+            if rows is not None:
+                print(f"{path.name}: {len(rows)} rows, kept from an earlier run")
+                return rows
         before = time.time()
-        with journal.recording(path.with_name(f"{path.name}.partial"), new) as journal:
-            if journal.found:
-                print(f"{path.name}: {len(journal.found)} samples of an earlier run are reused")
-            rows = list(make())
-        # Without its sidecar a file counts as not made, so a kill between the two costs no more
-        # than making it again.
-        sidecar.unlink(missing_ok=True)
-        write_rows(path, rows)
-        write_json(sidecar, {**new, "rows": len(rows), "provenance": self._now()})
-        journal.remove()
-        self.made[self._name(path)] = fingerprint.file_digest(path)
-        why = _changes(old, new) if old else ""
-        print(f"{path.name}: {len(rows)} rows, made in {time.time() - before:.1f} s{why}")
+        with journal.recording(path.with_name(f"{path.name}.partial"), new) as samples:
+            if samples.found or samples.damaged:
+                print(f"{path.name}: {len(samples.found)} samples of an earlier run are reused"
+                      + (f", {samples.damaged} damaged ones are not" if samples.damaged else ""))
+            with explained(folder) if folder else contextlib.nullcontext():
+                rows = list(make())
+        with rows_beside(path, rows) as (temporary, marks):
+            record = {**new, "rows": len(rows), "sha256": fingerprint.file_digest(temporary)}
+            self.made[self._name(path)] = record["sha256"]
+            if folder:
+                digests = fingerprint.file_digests(folder)
+                self.made[self._name(folder)] = fingerprint.total(folder, digests)
+                # What an interrupted training left beside the model may go.
+                record["folder"] = {name: sha for name, sha in digests.items()
+                                    if not re.match(r"\.|checkpoint-|damaged-", name)}
+            # The record first: of a kill between the two, its checksum tells.
+            write_json(sidecar, provenance.seal({**record, "provenance": self._now()}))
+        samples.remove()
+        marks += samples.marks
+        print(f"{path.name}: {len(rows)} rows, made in {time.time() - before:.1f} s"
+              + (_changes(old, new) if old else "")
+              + (f"; U+FFFD replaces {marks} lone surrogates" if marks else ""))
         # Read back, so that a fresh run and a resumed one work on exactly the same values.
         return read_rows(path)
+
+    def _as_recorded(self, path, folder, record):
+        """The rows at `path` where they, and the folder, are what their record says; else None, and
+        what is not is set aside."""
+        from cai_utils.experiment.files import read_rows
+
+        whole = path.is_file() and (folder is None or (folder / "config.json").is_file())
+        for place in (path, folder):
+            if place is not None and place.exists():
+                digests = fingerprint.file_digests(place)
+                wrong = provenance.changed(place, digests, record)
+                if wrong:
+                    whole = False
+                    self._aside(place, why=", ".join(wrong))
+                else:
+                    self.made[self._name(place)] = fingerprint.total(place, digests)
+        if not whole:
+            return None
+        try:
+            rows = read_rows(path)
+        except ValueError as error:  # records of earlier versions have no checksum
+            return self._aside(path, why=str(error))
+        return rows if len(rows) == record.get("rows", len(rows)) else self._aside(path)
+
+    def _aside(self, *places, why="") -> None:
+        for place in places:
+            if place.exists():
+                aside = set_aside(place)
+                print(f"{self._name(place)} is not as it was made{why and f' ({why})'}: set aside "
+                      f"as {aside.name}, made again")
 
     def table(self, df, name: str) -> Path:
         """Write `df` (DataFrame or list of rows) to results/<name>.csv, its provenance beside."""
         import pandas
 
         path = self.dir / "results" / f"{name}.csv"
-        df = df if isinstance(df, pandas.DataFrame) else pandas.DataFrame(df)
+        df = df if isinstance(df, pandas.DataFrame) else pandas.DataFrame(repaired(df))
+        how = {"index": False, "lineterminator": "\n", "errors": "surrogatepass"}
         with atomic(path) as temporary:
-            df.to_csv(temporary, index=False, lineterminator="\n")
+            df.to_csv(temporary, **how)
+            text = temporary.read_bytes().decode(errors="surrogatepass")
+            if "\r" in text:  # which ends a line for readers, unless it is in quotes
+                df.to_csv(temporary, **how, quoting=csv.QUOTE_NONNUMERIC)
+                text = temporary.read_bytes().decode(errors="surrogatepass")
+            if whole(text) != text:
+                temporary.write_bytes(whole(text).encode())
             record = {
                 "table": path.name,
                 "rows": len(df),
@@ -145,11 +225,12 @@ class Run:
         return path
 
     def read_table(self, name: str, made_by: str | None = None):
-        """results/<name>.csv as a DataFrame; FileNotFoundError names the notebook that makes it."""
+        """results/<name>.csv as a DataFrame, equal to what was written; errors as of `need`."""
         import pandas
 
         path = self.need(Path("results") / f"{name}.csv", made_by or self.notebook)
-        return pandas.read_csv(path)
+        # Texts such as "None" and "NA" stay texts: a missing value is written as nothing.
+        return pandas.read_csv(path, keep_default_na=False, na_values=["", "nan", "NaN"])
 
     def figure(self, figure, name: str) -> Path:
         """Write runs/<profile>/figures/<name>.png (200 dpi) and .pdf; the path of the PNG."""
@@ -157,17 +238,15 @@ class Run:
 
     def trained(self, name: str, size: str, make, **key) -> Path:
         """The folder models/<name>/<size>, made by `make(folder) -> metrics` unless it is there
-        and was made from the same `key` and code (as in `rows`).
+        and was made from the same `key` and code, with files that are as they were (as in `rows`).
 
         Its metrics go to data/training_<name>_<size>.jsonl and its loss curve to W&B.
         """
         folder, rows = self.model(name, size), f"training_{name}_{size}"
-        if not (folder / "config.json").is_file():
-            self.data(rows).unlink(missing_ok=True)
-        (metrics,) = self.rows(rows, lambda: [finite(make(folder))], code=make, **key)
+        key = {"code": make, **key}
+        (metrics,) = self._kept(rows, lambda: [finite(make(folder))], key, folder)
         for logged in metrics.get("log", ()):
             self.log({f"{name}/{size}/{k}": v for k, v in logged.items()})
-        self.made[self._name(folder)] = fingerprint.file_digest(folder)
         loss = metrics["train_loss"]
         print(f"{name} {size}: loss {'not finite' if loss is None else format(loss, '.3f')}, "
               f"{metrics['steps']} steps, {metrics['seconds']:.0f} s")
@@ -176,15 +255,14 @@ class Run:
     def page(self, text: str, name: str) -> Path:
         """Write a Markdown page beside the figures: runs/<profile>/figures/<name>.md."""
         path = self.dir / "figures" / f"{name}.md"
-        with atomic(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
         return path
 
     def log(self, values: dict) -> None:
         """Send numbers to W&B; nothing happens where W&B is off."""
         if self._wandb is not None:
             try:
-                self._wandb.log(values)
+                self._wandb.log(repaired(values))
             except Exception as error:
                 self._wandb = None
                 print(f"W&B is off from here on: {error}")
@@ -245,7 +323,7 @@ def _start_wandb(run: Run):
             project=os.environ.get("WANDB_PROJECT", "cai-lab"),
             group=run.profile,
             name=os.environ.get("CAI_RUN_NAME", run.notebook),
-            config={**run.params, "git": run.provenance["git"]},
+            config={**repaired(run.params), "git": run.provenance["git"]},
             dir=str(run.dir),  # W&B adds the folder wandb/
             mode=mode,
             reinit="finish_previous",

@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from cai_utils.experiment.files import atomic
 from cai_utils.experiment.registry import PANELS
+from cai_utils.experiment.writing import write_text
 from cai_utils.figures import redraw
 
 CLAIMS = yaml.safe_load((Path(__file__).parent / "claims.yaml").read_text(encoding="utf-8"))
@@ -147,6 +147,5 @@ def write(title: str, folder, tables) -> Path:
     commits = {str((m.get("git") or {}).get("commit"))[:10] for m in made if m}
     text += ["Made at commit " + ", ".join(f"`{c}`" for c in sorted(commits)) + "."]
     path = folder / "README.md"
-    with atomic(path) as temporary:
-        temporary.write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(text) + "\n")
     return path

@@ -19,6 +19,7 @@ from pathlib import Path
 from cai_utils.experiment.files import finite, read_json
 from cai_utils.experiment.fingerprint import file_digest
 from cai_utils.experiment.params import all_params, check_profile, grid_of
+from cai_utils.experiment.writing import atomic, explained, write_text
 from cai_utils.figures import gallery
 from cai_utils.figures import redraw as drawings
 
@@ -51,6 +52,10 @@ def redraw(root, profile: str, figure=None, own_style=None, source="figures", ou
                if source == "figures" else ""))
     restyled = run / "restyled" / Path(own_style).stem if own_style else home
     folder = Path(out) if out else restyled
+    for table in sorted({t for name in names for t in drawings.tables_of(name)}):
+        wanted = drawings.record(tables, table).get("sha256")
+        if wanted and wanted != file_digest(tables / f"{table}.csv"):
+            print(f"note: {tables / table}.csv is not what its record says: edited, or damaged")
     drawings.redraw(tables, folder, names, own_style)
     if folder == home and figure is None:
         title = "The figures of the reference run" if source == "figures" else "Figures of a run"
@@ -75,19 +80,25 @@ def publish(root, profile: str) -> Path:
     fresh, old = folder / ".tables.new", folder / ".tables.old"
     for stale in (fresh, old):
         shutil.rmtree(stale, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    for name in wanted:
-        shutil.copyfile(results / f"{name}.csv", fresh / f"{name}.csv")
     lines = [f"{json.dumps(name)}: " + json.dumps({k: r[k] for k in KEPT if k in r})
              for name, r in sorted(records.items())]  # a line a table: changes can be read
-    (fresh / "provenance.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    try:
+        with explained(tables):
+            fresh.mkdir(parents=True)
+            for name in wanted:
+                shutil.copyfile(results / f"{name}.csv", fresh / f"{name}.csv")
+            write_text(fresh / "provenance.json", "{\n" + ",\n".join(lines) + "\n}\n")
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     if tables.exists():
         os.replace(tables, old)
     os.replace(fresh, tables)
     shutil.rmtree(old, ignore_errors=True)
     for page in (run / "figures").glob("*.md"):
         if page.name != "README.md":
-            shutil.copyfile(page, folder / page.name)
+            with atomic(folder / page.name) as temporary:
+                shutil.copyfile(page, temporary)
     dirty = sorted({r["notebook"] for r in records.values() if (r.get("git") or {}).get("dirty")})
     if dirty:
         print(f"note: made with code that was not committed: {', '.join(dirty)}")

@@ -52,7 +52,7 @@ DEF = r"^(def \w+\(.*?\).*?:\n(?:    \"\"\".*?\"\"\"\n)?)"
         ("evaluation/stats.py", DEF, r"\1    print('another interval')\n"),
         ("figures/plots.py", DEF, r"\1    print('another label')\n"),
         ("figures/panels.py", DEF, r"\1    print('another label')\n"),
-        ("experiment/files.py", r'dpi": 200', 'dpi": 100'),
+        ("experiment/writing.py", r'dpi": 200', 'dpi": 100'),
         ("experiment/registry.py", r'"SL-CAI"', '"another name"'),
         ("sft.py", r'    """(\w)', r'    """Said otherwise. \1'),
         ("sft.py", r"^def finetune", "# A comment.\n\n\ndef finetune"),

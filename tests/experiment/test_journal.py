@@ -72,7 +72,7 @@ def test_a_journal_keeps_its_lines(tmp_path):
     assert set(journal.found) == {"a", "c"}
     journal.close()
     journal = Journal(path, {"key": 2})
-    assert journal.found == {} and path.read_bytes() == b'{"key": 2}\n'
+    assert journal.found == {} and json.loads(path.read_bytes())[0] == {"key": 2}
     journal.close()
     path.write_bytes(b'{"ke')  # torn in its header
     assert Journal(path, header).found == {}
