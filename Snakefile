@@ -1,15 +1,18 @@
 # The experiments in order, in parallel where they allow it; what is up to date is not run again.
 #
-#   snakemake --cores 2 --config profile=miniature        (what `make figures` does)
+#   snakemake --cores 2 --rerun-incomplete --config profile=miniature    (what `make figures` does)
 #
 # One rule per run of a notebook. A profile has the notebooks for which
 # params/<profile>/<notebook>.yaml exists; `grid:` in that file makes several runs of one notebook
 # (09_rl: method x size). Snakemake schedules a run when the notebook, its parameters, a module that
 # it uses or an upstream run is newer; `run --if-changed` then compares contents, and runs it only if
-# something that decides its results has changed.
+# something that decides its results has changed. One batch at a time works on a profile, and a killed
+# one is in nobody's way (experiment/locks.py).
+import contextlib
 import itertools
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,7 +21,8 @@ from snakemake.exceptions import WorkflowError
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 
-from cai_utils.experiment import registry
+from cai_utils.experiment import locks, registry
+from cai_utils.experiment.execute import check_folder, check_name
 from cai_utils.experiment.fingerprint import modules_of, notebook_cells
 from cai_utils.experiment.params import (
     all_params, as_override, check_profile, files_named, grid_of)
@@ -44,11 +48,28 @@ ALONE = {"00_miniature", "10_elo"}
 # The longest path decides how long everything takes: when several can start, these go first.
 FIRST = {"03_critique_revision": 3, "07_sl_cai": 3, "08_ai_feedback": 3, "09_rl": 2}
 
+# Ends with the make that started it, as its jobs end with it: a kill leaves nothing that goes on.
+locks.end_with_parent()
+os.environ[locks.PARENT] = str(os.getpid())
+# Ours (onstart, below) takes the place of Snakemake's own lock, which stays behind after a kill.
+LOCK = contextlib.ExitStack()
+shutil.rmtree(Path(".snakemake") / "locks", ignore_errors=True)
+
+
+def runs_of(notebook):
+    """Runs of a notebook in this profile: [(name, {parameter: value})], one a point of its grid."""
+    grid = {key.removesuffix("s"): values for key, values in sorted(GRIDS[notebook].items())}
+    points = [dict(zip(grid, point)) for point in itertools.product(*grid.values())]
+    return [("-".join([notebook, *map(str, point.values())]), point) for point in points]
+
+
 try:
     PROFILE = check_profile(ROOT, str(config.get("profile", "miniature")))
     FILES = {p.stem: p for p in sorted((ROOT / "params" / PROFILE).glob("[0-9]*.yaml"))}
     GRIDS = {name: grid_of(ROOT, PROFILE, name) for name in FILES}
     for name, grid in GRIDS.items():
+        if not isinstance(grid, dict):
+            raise ValueError(f"{FILES[name]}: grid is {grid!r}; give 'parameters: [values]' lines")
         for key, points in grid.items():
             fine = isinstance(points, list) and points and all(
                 re.fullmatch(r"[^/{}\n]+", str(point)) for point in points)
@@ -60,23 +81,23 @@ try:
             raise ValueError(f"{path}: no notebook {name} in NEEDS of the Snakefile; add it there")
         if not (ROOT / "notebooks" / f"{name}.ipynb").is_file():
             raise ValueError(f"{path} is there, but notebooks/{name}.ipynb is not")
+        names = [check_name(run) for run, _ in runs_of(name)]
+        twice = sorted({run for run in names if names.count(run) > 1})
+        if twice:
+            raise ValueError(f"{path}: grid: {twice[0]} is there twice; give each value once")
     if not FILES:
         raise ValueError(f"params/{PROFILE}/ has no file NN_notebook.yaml: nothing to run")
     # Notebooks with PMs that score their samples.
     PARAMS = {name: all_params(ROOT, name, PROFILE) for name in FILES}
     SCORED = {name for name in FILES if PARAMS[name].get("pms")}
-    for grid in GRIDS.values():
+    for name, grid in GRIDS.items():
         for method in grid.get("methods", []):
             registry.method(method)  # ValueError for an unknown one
+        for _, point in runs_of(name):
+            all_params(ROOT, name, PROFILE, point)  # also for a value that the notebook refuses
+    THREADS = int(config.get("threads", 1))
 except ValueError as error:
     raise WorkflowError(str(error)) from None
-
-
-def runs_of(notebook):
-    """Runs of a notebook in this profile: [(name, {parameter: value})], one a point of its grid."""
-    grid = {key.removesuffix("s"): values for key, values in sorted(GRIDS[notebook].items())}
-    points = [dict(zip(grid, point)) for point in itertools.product(*grid.values())]
-    return [("-".join([notebook, *map(str, point.values())]), point) for point in points]
 
 
 def executed(name, ending="ipynb"):
@@ -151,14 +172,24 @@ for NOTEBOOK, NAME, POINT in RUNS:
             update(executed(NAME)),
             update(executed(NAME, "stamp.json")),
         priority: FIRST.get(NOTEBOOK, 1)
-        threads: workflow.cores if NOTEBOOK in ALONE else int(config.get("threads", 1))
+        threads: workflow.cores if NOTEBOOK in ALONE else THREADS
         message:
             f"{NAME}"
         params:
             command=arguments(NOTEBOOK, NAME, POINT),
         shell:
-            # Snakemake gives each job OMP_NUM_THREADS={threads}. Quoted, as values may be any text.
-            "{params.command:q}"
+            # Snakemake gives each job OMP_NUM_THREADS={threads}. Quoted, as values may be any text;
+            # in place of the shell, so that it is this process's child.
+            "exec {params.command:q}"
+
+
+onstart:
+    try:
+        folder = check_folder(ROOT / "runs" / PROFILE)
+        LOCK.enter_context(locks.held(folder, [locks.BATCH], "another `make figures` works"))
+    except (ValueError, RuntimeError) as error:
+        raise WorkflowError(str(error)) from None
+    locks.remove_leftovers(folder)
 
 
 onsuccess:

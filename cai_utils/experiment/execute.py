@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 from pathlib import Path
 
+from cai_utils.experiment import kinds
 from cai_utils.experiment.files import PACKAGE, finite, write_json
+
+
+FOLDERS = ("data", "models", "results", "figures", "wandb", "executed")  # of a run
 
 
 class _Prefixed(io.TextIOBase):
@@ -23,6 +28,32 @@ class _Prefixed(io.TextIOBase):
         return len(text)
 
 
+def check_name(name: str) -> str:
+    """The name of a run; ValueError where its notebook cannot be called so."""
+    if str(name).endswith((".running", ".failed")):
+        raise ValueError(f"the name {name!r} of a run ends as those of unfinished ones; give another")
+    return kinds.check_name(name, "the name of a run")
+
+
+def check_folder(folder) -> Path:
+    """The folder of a run; ValueError where a run could not write in it."""
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    for path in (there, *(folder / name for name in FOLDERS)):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file where a run needs a folder: move it away")
+        if path.exists() and not os.access(path, os.W_OK | os.X_OK):
+            raise ValueError(f"{path} is read-only, and a run writes there: make it writable")
+    return folder
+
+
+def one_line(error) -> str:
+    """What an error says, without the number that an OSError begins with."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
 def _strict(path: Path) -> None:
     """Make a notebook JSON that any reader takes: null for the NaN and infinities of parameters and
     outputs, which nbformat writes as they are."""
@@ -33,6 +64,11 @@ def _strict(path: Path) -> None:
         write_json(path, finite(notebook))
 
 
+def _unformatted(path) -> str:
+    """A path for papermill, which fills in what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def execute(root, notebook: str, params: dict, name: str) -> Path:
     """Run a notebook with papermill; the path of the executed notebook.
 
@@ -40,9 +76,11 @@ def execute(root, notebook: str, params: dict, name: str) -> Path:
     stays as <name>.failed.ipynb, and RuntimeError says in which cell and why.
     """
     import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
 
-    folder = Path(root) / "runs" / params["profile"] / "executed"
+    check_name(name)
+    folder = Path(root) / "runs" / kinds.check_name(params["profile"], "profile") / "executed"
     folder.mkdir(parents=True, exist_ok=True)
     running, failed = folder / f"{name}.running.ipynb", folder / f"{name}.failed.ipynb"
     # The kernel has to find this package even where it is not installed.
@@ -53,8 +91,8 @@ def execute(root, notebook: str, params: dict, name: str) -> Path:
     where = f"{failed} shows how far it got"
     try:
         papermill.execute_notebook(
-            str(Path(root) / "notebooks" / f"{notebook}.ipynb"),
-            str(running),
+            _unformatted(Path(root) / "notebooks" / f"{notebook}.ipynb"),
+            _unformatted(running),
             parameters=params,
             cwd=str(root),
             kernel_name="python3",
@@ -74,12 +112,15 @@ def execute(root, notebook: str, params: dict, name: str) -> Path:
             f"{name} failed in cell In [{error.exec_count}] ({first.strip()[:60]}): "
             f"{error.ename}: {last}\n  {where}"
         ) from None
+    except NoSuchKernel:
+        raise RuntimeError(f"{name}: this Python has no Jupyter kernel: run `make env`") from None
     except DeadKernelError:
         raise RuntimeError(
             f"{name}: its kernel died, often for lack of memory\n  {where}"
         ) from None
     finally:
-        if running.exists():
-            os.replace(running, failed)
-        _strict(failed)
+        with contextlib.suppress(OSError, ValueError):  # the error above is the one to read
+            if running.exists():
+                os.replace(running, failed)
+            _strict(failed)
     return folder / f"{name}.ipynb"

@@ -21,15 +21,20 @@ from pathlib import Path
 
 import torch
 
-from cai_utils.experiment import yaml12
+from cai_utils.experiment import locks, yaml12
 from cai_utils.experiment.files import read_rows, write_rows
 from cai_utils.experiment.kinds import fitted
 from cai_utils.experiment.params import read_params
+
+WORKER = "CAI_WORKER"  # environment variable of the processes that `run` starts
 
 
 def main(module, function, arguments=None):
     """Call `module.function` with the arguments in the YAML file that the command line names.
     SystemExit, one line, for a file or arguments that do not fit."""
+    if os.environ.get(WORKER):
+        locks.join()
+        locks.end_with_input()
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1:
         sys.exit(f"usage: accelerate launch -m {module} CONFIG.yaml (the arguments of {function})")
@@ -63,7 +68,7 @@ def main(module, function, arguments=None):
         config["log"] = wandb.init(project=project, config=dict(config, prompts=None)).log
     try:
         stage(**config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -99,10 +104,16 @@ def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
             bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         call = [*command(num_processes, accelerate_config, "bf16" if bf16 else "no"),
                 stage.__module__, str(config)]
-        done = subprocess.run(call, env=environment(), stderr=subprocess.PIPE, text=True)
-    if done.returncode:
+        # A worker ends when its input does: with the process that started it, however that ends.
+        with (open(Path(folder) / "errors", "w+", encoding="utf-8", errors="replace") as errors,
+              subprocess.Popen(call, env=environment() | {WORKER: "1"}, stdin=subprocess.PIPE,
+                               stderr=errors) as started):
+            started.wait()
+            errors.seek(0)
+            last = errors.read().splitlines()[-15:]
+    if started.returncode:
         raise RuntimeError(f"{stage.__module__} failed in {num_processes} processes:\n"
-                           + "\n".join(done.stderr.splitlines()[-15:]))
+                           + "\n".join(last))
     if (out_dir / "history.csv").is_file():
         import pandas as pd
 

@@ -20,7 +20,7 @@ import re
 import time
 from pathlib import Path
 
-from cai_utils.experiment import fingerprint, provenance, secrets, stamp
+from cai_utils.experiment import fingerprint, locks, provenance, secrets, stamp
 from cai_utils.experiment.files import finite, read_json, repo_root, write_json
 from cai_utils.experiment.params import check_profile, check_sizes, from_namespace
 from cai_utils.experiment.writing import (
@@ -299,6 +299,7 @@ def start(notebook: str, namespace) -> Run:
     if not namespace.get("profile"):
         raise ValueError(f"{notebook}: its parameters must hold 'profile', a folder of params/")
     root = repo_root()
+    locks.join()
     check_profile(root, namespace["profile"])
     params = from_namespace(root, notebook, namespace)
     check_sizes(root, params, f"{notebook}: ")

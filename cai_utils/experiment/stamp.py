@@ -47,6 +47,14 @@ def ingredients(root, notebook: str, profile: str, overrides: dict | None = None
     }
 
 
+def point(root, notebook: str, profile: str, overrides: dict | None = None) -> str:
+    """The name that the batch gives a run with these parameters: the notebook, then the values of
+    its profile's grid."""
+    params = all_params(root, notebook, profile, overrides)
+    keys = [key.removesuffix("s") for key in sorted(grid_of(root, profile, notebook))]
+    return "-".join([notebook, *(str(params.get(key)) for key in keys)])
+
+
 def changes(folder: Path, name: str, now: dict) -> list[str]:
     """What is not as it was when run `name` ended: [] where running it again would change
     nothing. folder: runs/<profile>; now: `ingredients`."""
