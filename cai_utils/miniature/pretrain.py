@@ -25,7 +25,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cai_utils import dialogue
-from cai_utils.experiment.files import atomic, write_json
+from cai_utils.experiment import fingerprint, resume
+from cai_utils.experiment.files import read_json, write_json
 from cai_utils.miniature import corpus, world
 
 SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2, 8.7 million parameters less embeddings
@@ -193,9 +194,9 @@ def pretrain(size: str, out: str | os.PathLike, tokens: int | None = None, seed:
     tokens: size of the corpus in tokens, each of which is seen once. start: folder of this size
     that an earlier cycle made with another seed; its curve and token count are continued. `log` is
     called with a dict at every evaluation. The folder appears whole or not at all. A killed run
-    resumes from <out>.state.pt and ends with the same weights. Returns the provenance, with `curve`
-    (list of rows). ValueError for a `start` of another size or world; FloatingPointError when the
-    loss is not finite.
+    goes on from a checkpoint in <out>.partial and ends with the same weights. Returns the
+    provenance, with `curve` (list of rows). ValueError for a `start` of another size or world;
+    FloatingPointError when the loss is not finite.
     """
     out, began = Path(out), time.time()
     tokenizer = build_tokenizer()
@@ -210,10 +211,11 @@ def pretrain(size: str, out: str | os.PathLike, tokens: int | None = None, seed:
         model, before, curve = _last_cycle(Path(start), size)
     lr, steps = SIZES[size][2], len(data)
     optimizer, schedule = _optimizer(model, lr, steps)
-    key = [size, seed, context_loss, steps, lr, WIDTHS, BATCH_TOKENS, corpus.corpus_hash(),
-           before["tokens"]]  # fmt: skip
+    key = {"size": size, "seed": seed, "context_loss": context_loss, "steps": steps, "lr": lr,
+           "widths": list(WIDTHS), "batch": BATCH_TOKENS, "corpus": corpus.corpus_hash(),
+           "before": before["tokens"]}
     progress = _Progress(
-        out.with_name(out.name + ".state.pt"), str(key),
+        resume.Checkpoints(out.with_name(out.name + ".partial"), key, f"pretrain {size}"),
         {"model": model, "optimizer": optimizer, "schedule": schedule},
         began, [curve, 0.0, 0, before["tokens"], 0])
     if progress.resume():
@@ -236,7 +238,7 @@ def pretrain(size: str, out: str | os.PathLike, tokens: int | None = None, seed:
         "curve": curve,
     }
     _save(model, tokenizer, info, out)
-    progress.path.unlink(missing_ok=True)
+    progress.saved.clear()
     return info
 
 
@@ -283,35 +285,31 @@ def _optimizer(model, lr, steps):
 
 @dataclass
 class _Progress:
-    """What a killed run resumes from: a file with the parts' states and the counts below.
+    """What a killed run goes on from: a checkpoint of the parts' states and the counts below.
 
     counts: curve, sum of losses since its last point, steps since then, tokens seen, steps done.
     """
 
-    path: Path
-    key: str  # a state of another key is not this run's
+    saved: resume.Checkpoints
     parts: dict
     began: float
     counts: list
 
     def resume(self) -> bool:
-        if not self.path.exists():
+        folder, state = self.saved.find()
+        if folder is None:
             return False
-        kept = torch.load(self.path, weights_only=True)
-        if kept["key"] != self.key:
-            return False
+        kept = torch.load(folder / "parts.pt", weights_only=True)
         for name, part in self.parts.items():
             part.load_state_dict(kept[name])
-        self.counts = kept["counts"]
-        self.began -= kept.get("seconds", 0)  # the time of the killed run counts
+        self.counts = state["counts"]
+        self.began -= state["seconds"]  # the time of the killed run counts
         return True
 
     def keep(self) -> None:
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(self.path) as temporary:
-            torch.save({"key": self.key, "counts": self.counts,
-                        "seconds": time.time() - self.began, **states}, temporary)
+        self.saved.write(self.counts[-1], lambda folder: torch.save(states, folder / "parts.pt"),
+                         counts=self.counts, seconds=time.time() - self.began)
 
 
 def _train(size, data, heldout, progress, log) -> None:
@@ -368,16 +366,19 @@ def _save(model, tokenizer, info, out: Path) -> None:
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    model.to(torch.bfloat16).save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    pd.DataFrame(info["curve"]).to_csv(part / "curve.csv", index=False)
-    write_json(part / "provenance.json", {k: v for k, v in info.items() if k != "curve"})
+    with resume.disk_full_named(part):
+        model.to(torch.bfloat16).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        pd.DataFrame(info["curve"]).to_csv(part / "curve.csv", index=False)
+        note = {k: v for k, v in info.items() if k != "curve"}
+        note["weights_sha256"] = fingerprint.file_digest(part / "model.safetensors")
+        write_json(part / "provenance.json", note)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(part, out)
 
 
 def series(sizes: list[str], folder: Path, tokens: dict | None = None, log=None) -> None:
-    """Pretrain sizes one after the other; a folder with this world's hash is kept.
+    """Pretrain sizes one after the other; a whole folder with this world's hash is kept.
 
     tokens: {size: tokens} for one cycle each, instead of TOKENS and CYCLES.
     """
@@ -397,8 +398,15 @@ def series(sizes: list[str], folder: Path, tokens: dict | None = None, log=None)
 
 
 def _made_here(folder: Path) -> bool:
-    note = folder / "provenance.json"
-    return note.exists() and json.loads(note.read_text())["corpus_hash"] == corpus.corpus_hash()
+    note, weights = read_json(folder / "provenance.json"), folder / "model.safetensors"
+    if note.get("corpus_hash") != corpus.corpus_hash():
+        return False
+    # None: a folder from before weights had a checksum.
+    whole = weights.is_file() and note.get("weights_sha256") in (
+        None, fingerprint.file_digest(weights))
+    if not whole:
+        resume.set_aside(folder, f"pretrain: {weights} is not what was written")
+    return whole
 
 
 if __name__ == "__main__":

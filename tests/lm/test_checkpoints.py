@@ -1,10 +1,6 @@
 """Trainings of trl's trainers that are stopped and go on: SFT, preference models, DPO."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -144,7 +140,7 @@ def test_a_checkpoint_of_another_call_is_not_used(base, stop_at, tmp_path, capsy
     for spec, pairs, rate, changed in zip(
             start, rows, lr, ("model", "rows", "lr", None), strict=True):
         how = dict(HOW, lr=rate, checkpoint_every=1e9)
-        stop_at(2 if changed else 7, lambda s=spec, p=pairs, h=how: preference.train(s, p, out, **h))
+        stop_at(2 if changed else 7, partial(preference.train, spec, pairs, out, **how))
         told = capsys.readouterr().out
         assert ("resumes" in told) == (changed is None)
         if changed:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cai_utils import dialogue
+from cai_utils.experiment import resume
 from cai_utils.experiment.params import read_params
 from cai_utils.lm import models
 from cai_utils.miniature import corpus, datasets, pretrain, workers, world
@@ -380,7 +381,6 @@ def test_the_loss_begins_where_the_writer_does(tokenizer):
 
 
 def test_a_packed_document_sees_only_itself(tokenizer):
-    import torch
 
     model = pretrain.new_model("xs", tokenizer, seed=0).eval()
     blocks = pretrain.pack(pretrain.encode(tokenizer, corpus.documents(3, 6)), 256)
@@ -408,7 +408,8 @@ def test_pretraining_leaves_a_folder_that_loads_and_says_what_made_it(
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch, tokenizer):
+def test_a_killed_pretraining_goes_on_to_the_same_weights(
+        tmp_path, monkeypatch, tokenizer, capsys):
     monkeypatch.setattr(pretrain, "build_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(pretrain, "QUOTES", 100)
     monkeypatch.setattr(pretrain, "KEEP_EVERY", 4)
@@ -422,13 +423,18 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         pretrain.pretrain("xs", tmp_path / "killed", tokens=15_000, log=kill)
     assert not (tmp_path / "killed").exists()
-    state = torch.load(tmp_path / "killed.state.pt", weights_only=True)
-    torch.save({**state, "seconds": state["seconds"] + 1000}, tmp_path / "killed.state.pt")
+    *_, older, last = sorted((tmp_path / "killed.partial").iterdir(),
+                             key=lambda f: int(f.name.split("-")[1]))
+    (last / "parts.pt").write_bytes(b"")  # the one before it serves
+    state = resume.read_sealed(older / "state.json")
+    resume.write_sealed(older / "state.json", {**state, "seconds": state["seconds"] + 1000})
     rest = []
     info = pretrain.pretrain("xs", tmp_path / "killed", tokens=15_000, log=rest.append)
     assert 0 < len(rest) < len(whole["curve"]) and info["curve"] == whole["curve"]
     same = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "killed")]
-    assert same[0] == same[1] and not list(tmp_path.glob("*.pt"))
+    assert same[0] == same[1]
+    assert f"{last / 'parts.pt'}: it has 0 bytes" in capsys.readouterr().out
+    assert [f.name for f in (tmp_path / "killed.partial").iterdir()] == [f"damaged-{last.name}"]
     assert info["seconds"] >= 1000  # a killed run's time counts
 
 
