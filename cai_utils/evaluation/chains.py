@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from cai_utils import dialogue
+from cai_utils.evaluation.escape import cell
 from cai_utils.evaluation.tables import summarize
 
 
@@ -57,7 +58,10 @@ def by_revision(long, columns, by=("size", "parameters", "revision")) -> pd.Data
 
 
 def chains_markdown(chains, title, judge=None, intro="") -> str:
-    """A Markdown page: for each chain the prompt, then a table of responses and critiques."""
+    """A Markdown page: for each chain the prompt, then a table of responses and critiques.
+
+    title, intro: Markdown; all else is shown as it is (`escape.cell`).
+    """
     page = [f"# {title}", *([intro] if intro else [])]
     for chain in chains:
         page.append(heading(chain["prompt"]))
@@ -65,7 +69,7 @@ def chains_markdown(chains, title, judge=None, intro="") -> str:
         table = [head, "|---|---|" + ("---|" if judge else "")]
         for k, text in enumerate(chain["responses"]):
             if k and chain["critiques"][k - 1] is not None:
-                table.append(f"| critique {k}<br>*{chain['principles'][k - 1]}* | "
+                table.append(f"| critique {k}<br>*{cell(chain['principles'][k - 1])}* | "
                              f"{cell(chain['critiques'][k - 1])} |" + (" |" if judge else ""))
             harm = judge(dialogue.with_response(chain["prompt"], text))["harm"] if judge else ""
             name = f"**revision {k}**" if k else "**response**"
@@ -77,10 +81,3 @@ def chains_markdown(chains, title, judge=None, intro="") -> str:
 def heading(prompt) -> str:
     """A prompt (messages) as a heading of a Markdown page."""
     return "## " + " — ".join(f"*{m['role']}*: {cell(m['content'])}" for m in prompt)
-
-
-def cell(text) -> str:
-    """Text escaped for one cell of a Markdown table."""
-    for mark in "\\|*_`#<>[]":
-        text = text.replace(mark, {"<": "&lt;", ">": "&gt;"}.get(mark, "\\" + mark))
-    return "<br>".join(line.strip() for line in text.strip().splitlines() if line.strip()) or "–"

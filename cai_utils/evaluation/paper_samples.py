@@ -10,6 +10,7 @@ import pandas as pd
 
 from cai_utils import dialogue, feedback
 from cai_utils.evaluation import chains, refusal_rule, stats
+from cai_utils.evaluation.escape import cell
 from cai_utils.evaluation.tables import summarize
 from cai_utils.experiment import registry
 
@@ -108,6 +109,6 @@ def side_by_side(samples, title) -> str:
             text = answers[len(answers) // 2]["response"]
             read = ("evasive" if refusal_rule.is_evasive(text)
                     else "declines" if refusal_rule.declines(text) else "")
-            table.append(f"| {registry.label(model)} | {chains.cell(text)} | {read} |")
+            table.append(f"| {cell(registry.label(model))} | {cell(text)} | {read} |")
         page.append("\n".join(table))
     return "\n\n".join(page) + "\n"

@@ -11,6 +11,7 @@ import pandas as pd
 
 from cai_utils import dialogue
 from cai_utils.evaluation import refusal_rule
+from cai_utils.evaluation.escape import visible
 from cai_utils.evaluation.tables import differences, summarize
 from cai_utils.experiment import registry
 from cai_utils.experiment.registry import MEASURES, PANELS
@@ -25,10 +26,10 @@ def show_samples(samples, models_, n=3) -> None:
                      if (s["kind"], s["id"], s["model"]) == (kind, id_, m)]
             if not shown:
                 continue
-            print(f"\n[{kind}] " + " / ".join(m["content"] for m in shown[0]["prompt"]))
+            print(f"\n[{kind}] " + " / ".join(visible(m["content"]) for m in shown[0]["prompt"]))
             for s in shown:
                 step = f", {s['step']} episodes" if s["step"] else ""
-                print(f"   {registry.label(s['model'])}{step}: {s['response']}")
+                print(f"   {registry.label(s['model'])}{step}: {visible(s['response'])}")
 
 
 # ------------------------------------------------------------------------ with a ground truth

@@ -1,23 +1,45 @@
 """Tidy tables with intervals, made from rows of measurements.
 
 Every table has `estimate`, `ci_low`, `ci_high`, `n` (ARCHITECTURE.md, Rows). A "long" table has one
-row per prompt, with what was measured on it; such a table is a summary of one.
+row per prompt, with what was measured on it; such a table is a summary of one. A number that there
+is none of is an empty cell (nan): the interval of one unit, of which `n` says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
 import pandas as pd
 
 from cai_utils.evaluation import stats
+from cai_utils.evaluation.escape import visible
+
+
+def finite(values, what: str, ids: Iterable | None = None) -> np.ndarray:
+    """Measured numbers (N,) as floats. ValueError that names `what` measured and the first of the
+    rows whose number is nan or infinite: left out, they would change a mean unseen."""
+    values = np.asarray(values, dtype=float)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        row = f"row {bad[0]}" if ids is None else f"row {bad[0]} (id {list(ids)[bad[0]]})"
+        raise ValueError(f"{what}: {len(bad)} of {len(values)} numbers are not finite, the first in "
+                         f"{row}: {values[bad[0]]}; correct what measures them")
+    return values
 
 
 def summarize(long, by, value, cluster="id") -> pd.DataFrame:
-    """Mean of column `value` for each group of `by`, rows without a value left out.
+    """Mean of column `value` for each group of `by`, rows without a value left out: what was
+    measured is `finite`, so a row has none where it does not exist, as the change of a first
+    response. Groups without any have no row.
 
     95 % intervals: Wilson for 0/1 values measured once per `cluster`, else bootstrap over clusters;
-    `n` counts clusters.
+    `n` counts clusters. ValueError, naming the column, for an infinite value.
     """
     by, rows = [by] if isinstance(by, str) else list(by), []
+    if not len(long):
+        return pd.DataFrame(columns=[*by, "estimate", "ci_low", "ci_high", "n"])
+    finite(long[value].dropna(), f"column {value!r}", long.loc[long[value].notna(), cluster])
     for group, d in long.dropna(subset=[value]).groupby(by, sort=False):
         x = d[value].astype(float)
         if x.isin((0, 1)).all() and not d[cluster].duplicated().any():
@@ -51,19 +73,30 @@ def differences(long, column, pairs, value, by, unit="id", cluster=None) -> pd.D
     one side are left out.
     """
     by, rows = [by] if isinstance(by, str) else list(by), []
-    for group, d in long.groupby(by, sort=False):
+    for group, d in long.groupby(by, sort=False) if len(long) else ():
         for a, b in pairs:
-            if {a, b} <= set(d[column]):
+            if {a, b} <= set(d.loc[d[value].notna(), column]):
                 e = difference(d, column, a, b, value, unit, cluster)
                 rows.append({**dict(zip(by, group, strict=True)), "difference": f"{a} - {b}",
                              "estimate": e.estimate, "ci_low": e.low, "ci_high": e.high, "n": e.n})
     return pd.DataFrame(rows, columns=[*by, "difference", "estimate", "ci_low", "ci_high", "n"])
 
 
+def number(row, digits=2, sign="") -> str:
+    """The estimate of a table's row with its 95 % interval: "0.50 [0.40, 0.60]", or "0.50, no
+    interval" where there is none, "no number" where there is no estimate. sign: "+" writes it."""
+    value, low, high = (row[c] for c in ("estimate", "ci_low", "ci_high"))
+    if pd.isna(value):
+        return "no number"
+    if pd.isna(low) or pd.isna(high):
+        return f"{value:{sign}.{digits}f}, no interval"
+    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
 def report(df, by, digits=2):
     """Print each row of a table in words: its labels, the estimate and its 95 % interval."""
     by = [by] if isinstance(by, str) else list(by)
     for _, row in df.iterrows():
-        label = ", ".join(f"{row[c]}" if isinstance(row[c], str) else f"{c} {row[c]:g}" for c in by)
-        print(f"{label}: {row['estimate']:.{digits}f} "
-              f"[{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}], n = {row['n']:g}")
+        label = ", ".join(visible(row[c]) if isinstance(row[c], str) else f"{c} {row[c]:g}"
+                          for c in by)
+        print(f"{label}: {number(row, digits)}, n = {row['n']:g}")

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 import yaml
 
+from cai_utils.evaluation.escape import cell
+from cai_utils.evaluation.tables import number
 from cai_utils.experiment.registry import PANELS
 from cai_utils.experiment.writing import write_text
 from cai_utils.figures import redraw
@@ -27,7 +30,7 @@ def entries(tables) -> dict[str, dict]:
     for path in sorted(Path(tables).glob("rl_scores_*.csv")):
         run = path.stem.removeprefix("rl_scores_")
         if f"rl_{run}" in there:
-            found[f"rl_{run}"] = {"title": f"RL: {run}", "tables": {path.stem: CLAIMS["rl_scores"]}}
+            found[f"rl_{run}"] = {"title": f"RL: {cell(run)}", "tables": {path.stem: CLAIMS["rl_scores"]}}
     return found
 
 
@@ -46,10 +49,13 @@ def _file(tables, name: str) -> Path:
 
 
 def _details(path, what, link) -> list[str]:
-    frame = pd.read_csv(path)
+    frame = redraw.read(path)
     opened = f"<details><summary>{what}: {len(frame)} rows</summary>"
-    source = f"[{path.name}]({link}/{path.name})"
-    return [opened, "", *_table(frame), "", source, "", "</details>", ""]
+    return [opened, "", *_table(frame), "", _link(path.name, link), "", "</details>", ""]
+
+
+def _link(name, folder) -> str:
+    return f"[{cell(name)}]({quote(f'{folder}/{name}')})"
 
 
 def _compared(row) -> bool:
@@ -68,19 +74,17 @@ def _verdict(row) -> str:
 
 
 def _table(frame: pd.DataFrame) -> list[str]:
-    frame = frame.dropna(axis=1, how="all")
     numbers = ("estimate", "ci_low", "ci_high", "n", "parameters")
-    labels = [c for c in frame if c not in numbers]
+    labels = [c for c in frame.dropna(axis=1, how="all") if c not in numbers]
     lines = [
-        "| " + " | ".join([*labels, "estimate [95 % interval]", "n", ""]) + " |",
+        "| " + " | ".join([*map(cell, labels), "estimate [95 % interval]", "n", ""]) + " |",
         "|" + "---|" * (len(labels) + 3),
     ]
     for _, row in frame.iterrows():
-        named = ["" if pd.isna(row[c]) else str(row[c]) for c in labels]
-        sign = "+" if _compared(row) else ""
-        number = "{:{s}.3f} [{:{s}.3f}, {:{s}.3f}]".format(
-            *(row[c] for c in ("estimate", "ci_low", "ci_high")), s=sign)
-        lines.append("| " + " | ".join([*named, number, f"{row['n']:g}", _verdict(row)]) + " |")
+        named = ["" if pd.isna(row[c]) else cell(row[c]) for c in labels]
+        words = number(row, 3, "+" if _compared(row) else "")
+        units = "" if pd.isna(row["n"]) else f"{row['n']:g}"
+        lines.append("| " + " | ".join([*named, words, units, _verdict(row)]) + " |")
     return lines
 
 
@@ -92,24 +96,21 @@ def _models(frame: pd.DataFrame) -> list[str]:
     ]
     for (size, method), rows in frame.groupby(["size", "method"], sort=False):
         rows = rows.set_index(["kind", "measure"])
-        cells = [
-            f"{row['estimate']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
-            for row in (rows.loc[pair] for pair in PANELS.values() if pair in rows.index)
-        ]
-        lines.append(f"| {size} | {method} | " + " | ".join(cells) + " |")
+        cells = [number(rows.loc[pair]) if pair in rows.index else "" for pair in PANELS.values()]
+        lines.append(f"| {cell(size)} | {cell(method)} | " + " | ".join(cells) + " |")
     return lines
 
 
 def _figure(name: str, entry: dict, tables: Path, link: str) -> list[str]:
     """The section of one figure."""
-    sources = ", ".join(f"[{table}.csv]({link}/{table}.csv)" for table in redraw.tables_of(name))
+    sources = ", ".join(_link(f"{table}.csv", link) for table in redraw.tables_of(name))
     text = [f"## {entry['title']}", ""]
     text += [f"*The paper:* {entry['claim']}", ""] if "claim" in entry else []
     text += [f"![{entry['title']}]({name}.png)", ""]
     text += [f"[PDF]({name}.pdf) · drawn from {sources}", ""]
     if "truth" in entry and _file(tables, entry["truth"]).is_file():
         text += ["The ground truth about the models that play, with 95 % intervals:", ""]
-        text += [*_models(pd.read_csv(_file(tables, entry["truth"]))), ""]
+        text += [*_models(redraw.read(_file(tables, entry["truth"]))), ""]
     for table, what in entry.get("tables", {}).items():
         if _file(tables, table).is_file():
             text += _details(_file(tables, table), what, link)
@@ -132,7 +133,7 @@ def write(title: str, folder, tables) -> Path:
         text += [notes.read_text(encoding="utf-8").strip(), ""]
     for page in sorted(folder.glob("*_chains.md")):
         read = "prompt, response, critiques and revisions to read."
-        text += [f"[{page.stem}]({page.name}): {read}", ""]
+        text += [f"[{cell(page.stem)}]({quote(page.name)}): {read}", ""]
     for name, entry in shown.items():
         text += _figure(name, entry, tables, link)
     if _file(tables, "sl_cai_scores").is_file():
@@ -142,7 +143,7 @@ def write(title: str, folder, tables) -> Path:
                 text += _details(_file(tables, name), what, link)
     others = [name for name in redraw.drawable(tables) if name not in shown]
     if others:
-        text += ["## More figures", "", " · ".join(f"[{n}]({n}.png)" for n in others), ""]
+        text += ["## More figures", "", " · ".join(f"[{cell(n)}]({n}.png)" for n in others), ""]
     made = [redraw.record(tables, name) for name in shown_tables(tables)]
     commits = {str((m.get("git") or {}).get("commit"))[:10] for m in made if m}
     text += ["Made at commit " + ", ".join(f"`{c}`" for c in sorted(commits)) + "."]

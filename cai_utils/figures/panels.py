@@ -81,6 +81,22 @@ def grid(rows, cols, height=2.3, width=None, **kw):
     return fig, axes
 
 
+@style.figure
+def nothing(why):
+    """A figure that says why there is nothing to draw, in one sentence."""
+    fig, axes = grid(1, 1, height=0.6)
+    axes[0, 0].set_axis_off()
+    axes[0, 0].text(0.5, 0.5, textwrap.fill(f"Nothing to draw. {why}", 60), ha="center", va="center")
+    return fig
+
+
+@style.figure
+def headed(fig, text):
+    """A figure with a line of small text above its panels."""
+    fig.suptitle(textwrap.fill(text, int(fig.get_figwidth() * 19)), fontsize=6.5, color="#555555")
+    return fig
+
+
 def line(ax, d, x, label, color, marker="o", dashes="-", shift=0.0):
     """Draw `estimate` of rows `d` against column `x`, moved by `shift`, each with its interval."""
     if not len(d):

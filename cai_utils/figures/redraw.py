@@ -21,19 +21,21 @@ import pandas as pd
 from cai_utils.evaluation.samples import panels_of
 from cai_utils.experiment import registry
 from cai_utils.experiment.files import read_json, save_figure
-from cai_utils.figures import plots, style
+from cai_utils.figures import panels, plots, style
 
 
 @dataclass(frozen=True)
 class Drawing:
     """plot: a function of the tables, which are named after the figure unless `tables` says
     otherwise. measured_by: the only rows of the first table that are drawn; None: all. columns:
-    those without which a table of this name is not for this figure."""
+    those without which a table of this name is not for this figure. numbers: the columns in which a
+    row may have no number; it is left out then."""
 
     plot: Callable
     tables: tuple[str, ...] = ()
     measured_by: str | None = None
     columns: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ("estimate", "mean_p")
 
 
 def _pm_accuracy(accuracy, calibration):
@@ -44,7 +46,7 @@ def _pm_accuracy(accuracy, calibration):
 
 
 DRAWINGS = {
-    "pretraining_curves": Drawing(plots.pretraining_curves),
+    "pretraining_curves": Drawing(plots.pretraining_curves, numbers=("loss",)),
     "fig04_harm_identification": Drawing(plots.fig04_harm_identification),
     "fig12_identify_classify": Drawing(plots.fig12_identify_classify),
     "pm_accuracy": Drawing(_pm_accuracy, ("pm_accuracy", "pm_calibration")),
@@ -53,18 +55,19 @@ DRAWINGS = {
     "fig07_critique_ablation": Drawing(plots.fig07_critique_ablation),
     "sl_cai_n": Drawing(plots.sl_cai_n),
     "fig09_calibration": Drawing(plots.fig09_calibration),
-    "fig02_elo_frontier": Drawing(plots.fig02_elo_frontier),
+    "fig02_elo_frontier": Drawing(plots.fig02_elo_frontier, numbers=tuple(plots.ELO_AXES)),
     "fig03_elo_scaling": Drawing(plots.fig03_elo_scaling),
     "fig08_elo_training": Drawing(plots.fig08_elo_training),
     "refusal_agreement": Drawing(plots.refusal_agreement),
-    "refusal_confusion": Drawing(plots.refusal_confusion),
+    "refusal_confusion": Drawing(plots.refusal_confusion, numbers=plots.READ),
     "published_models": Drawing(plots.published_models),
     "published_revisions": Drawing(plots.fig05_revisions, measured_by="PM"),
 }
 # The same for every run of 09_rl: rl_<method>_<size> and rl_truth_<method>_<size>.
 RUNS = {
     "rl_truth_": Drawing(lambda table: plots.rl_truth(panels_of(table))),
-    "rl_": Drawing(plots.rl_curves, columns=tuple(plots.RL_AXES)),  # DPO's history has others
+    # DPO's history has other columns.
+    "rl_": Drawing(plots.rl_curves, columns=tuple(plots.RL_AXES), numbers=tuple(plots.RL_AXES)),
 }
 _RUN = re.compile(rf"(rl_truth_|rl_)(?:{'|'.join(registry.methods())})_[\w.-]+")
 
@@ -93,11 +96,19 @@ def record(folder, table: str) -> dict:
     return own or read_json(folder / "provenance.json").get(table, {})
 
 
+def read(path) -> pd.DataFrame:
+    """A table; without rows and columns where the file is empty, as one of no rows may be."""
+    try:
+        return pd.read_csv(path)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+
+
 def _read(folder, table: str) -> pd.DataFrame:
     path = Path(folder) / f"{table}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, a table that the figure is drawn from")
-    frame = pd.read_csv(path)
+    frame = read(path)
     if "size" in frame:
         frame["size"] = frame["size"].astype(str)
     size = record(folder, table).get("params", {}).get("size")
@@ -108,16 +119,29 @@ def _read(folder, table: str) -> pd.DataFrame:
 def _frames(name: str, folder) -> list[pd.DataFrame]:
     first, *others = (_read(folder, table) for table in tables_of(name))
     only = drawing(name).measured_by
-    return [first if only is None else first[first["measured_by"] == only], *others]
+    if only is None or not len(first):
+        return [first, *others]
+    return [first[first["measured_by"] == only], *others]
 
 
 def draw(name: str, folder):
     """The matplotlib Figure `name`, from <folder>/<table>.csv and nothing else.
 
-    ValueError for an unknown name or a table that lacks something, FileNotFoundError for a table
-    that is not there.
+    Rows whose number is an empty cell are left out, and a line above the panels says how many; a
+    table without any other row makes a figure that says just that. ValueError for an unknown name,
+    a table that lacks something or an infinite number, FileNotFoundError for a table that is not
+    there.
     """
-    return drawing(name).plot(*_frames(name, folder))
+    frames, lost = _frames(name, folder), []
+    for i, (table, frame) in enumerate(zip(tables_of(name), frames, strict=True)):
+        empty = frame[[c for c in drawing(name).numbers if c in frame]].isna().any(axis=1)
+        if not len(frame) or empty.all():
+            return panels.nothing(f"{table}: none of {len(frame)} rows has a number")
+        frames[i] = frame[~empty]
+        lost += [f"{table}: {empty.sum()} of {len(frame)} rows have no number and are left out"
+                 ] if empty.any() else []
+    fig = drawing(name).plot(*frames)
+    return panels.headed(fig, "; ".join(lost)) if lost else fig
 
 
 def drawable(folder) -> list[str]:

@@ -27,6 +27,7 @@ STYLE = {
     "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True,
     "xtick.major.width": 0.7, "ytick.major.width": 0.7, "lines.linewidth": 1.3,
     "lines.markersize": 4.5, "figure.dpi": 150,
+    "text.parse_math": False,  # a dollar in a label is a dollar
 }  # fmt: skip
 _user = {}  # the rc parameters of the user's style file, on top of STYLE
 
