@@ -82,8 +82,9 @@ def report_left_out(stage, rows, kept):
     lost = sorted(set(range(len(rows))) - set(kept))
     if not lost:
         return
-    said = (f"{stage}: {len(lost)} of {len(rows)} rows are left out: with the tokens asked for they "
-            f"are longer than the model's context; the first has id {rows[lost[0]].get('id', lost[0])!r}")
+    first = rows[lost[0]].get("id", lost[0])
+    said = (f"{stage}: {len(lost)} of {len(rows)} rows are left out: with the tokens asked for "
+            f"they are longer than the model's context; the first has id {first!r}")
     if not kept:
         raise PromptTooLong(f"{said}. Shorten the prompts, lower max_new_tokens (cot_tokens), or "
                             "take a model with a longer context")
