@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from cai_utils import dialogue
 from cai_utils.constitution import draw
+from cai_utils.lm.fitting import generate_fitting, report_left_out
 from cai_utils.seeds import stable_int
 
 # Where a base LM would go on with the next part of the transcript.
@@ -69,71 +70,84 @@ def revise(
 
     Returns rows with `responses` (n_revisions + 1 texts, the initial one first), `critiques`
     (n_revisions texts, or None where direct), `principles` (their ids) and `empty`: the number of
-    empty revisions, in whose place the response before is kept (ARCHITECTURE.md, Rows).
+    empty revisions, in whose place the response before is kept (ARCHITECTURE.md, Rows). Rows whose
+    requests with `max_new_tokens` exceed the model's context are left out, and a line says so.
 
     ValueError for a prompt that does not end with a user message, a wrong number of `initial`
-    responses, an empty constitution, or `few_shot` without examples.
+    responses, an empty constitution, `few_shot` without examples, or when no row fits.
     """
     rows = list(rows)
-    examples = _check(rows, constitution, few_shot, initial)
+    examples = examples_of(constitution, few_shot, n_principles if n_revisions else None)
+    _check(rows, initial)
     if not rows:
         return []
     writer = sampler if critic is None else critic
     as_text = dialogue.uses_transcript(getattr(writer, "tokenizer", None))
     prefix = _few_shot_prefix(examples, critiqued, as_text)
 
+    kept = list(range(len(rows)))  # indices of the rows that fit so far, which key their draws
+
     def sample(inputs, *key, by=writer):
         ends = STOPS if dialogue.uses_transcript(getattr(by, "tokenizer", None)) else ()
-        completions = by.generate(
-            inputs, n=1, temperature=temperature, max_new_tokens=max_new_tokens,
-            stop=tuple(dict.fromkeys((*stop, *ends))),
-            seed=stable_int("revise", seed, *key), progress=progress,
-        )
-        return [c[0].text.strip() for c in completions]
+        completions = generate_fitting(
+            by, inputs, kept, n=1, temperature=temperature, max_new_tokens=max_new_tokens,
+            stop=tuple(dict.fromkeys((*stop, *ends))), seed=stable_int("revise", seed, *key),
+            progress=progress)
+        return [c and c[0].text.strip() for c in completions]
 
-    prompts = [row["prompt"] for row in rows]
+    def drop(found, *lists):  # without the rows that have None in `found`
+        there = [k for k, text in enumerate(found) if text is not None]
+        kept[:] = [kept[k] for k in there]
+        return [[values[k] for k in there] for values in (found, *lists)]
+
     last = ([t.strip() for t in initial] if initial is not None
-            else sample(prompts, "initial", by=sampler))
+            else sample([row["prompt"] for row in rows], "initial", by=sampler))
     chains = [
         {"id": str(i), **row, "responses": [text], "critiques": [], "principles": [], "empty": 0}
         for i, (row, text) in enumerate(zip(rows, last, strict=True))
     ]
+    _, chains = drop(last, chains)
     for step in range(n_revisions):
-        drawn = [
-            draw(constitution.critiques, seed, i, step, n_principles) for i in range(len(rows))
-        ]
-        critiques = [None] * len(rows)
+        prompts, last = [c["prompt"] for c in chains], [c["responses"][-1] for c in chains]
+        drawn = [draw(constitution.critiques, seed, i, step, n_principles) for i in kept]
+        critiques = [None] * len(kept)
         if critiqued:
             inputs = [_behind(prefix, _critique_input(*item, as_text), writer)
                       for item in zip(prompts, last, drawn, strict=True)]
-            critiques = sample(inputs, step, "critique")
+            critiques, chains, drawn, prompts, last = drop(
+                sample(inputs, step, "critique"), chains, drawn, prompts, last)
         inputs = [_behind(prefix, _revision_input(*item, as_text), writer)
                   for item in zip(prompts, last, drawn, critiques, strict=True)]
-        revisions = sample(inputs, step, "revision")
-        for chain, principle, critique, revision in zip(
-            chains, drawn, critiques, revisions, strict=True
-        ):
+        revisions, chains, drawn, critiques = drop(
+            sample(inputs, step, "revision"), chains, drawn, critiques)
+        done = zip(chains, drawn, critiques, revisions, strict=True)
+        for chain, principle, critique, revision in done:
             chain["empty"] += not revision
             chain["responses"].append(revision or chain["responses"][-1])
             chain["critiques"].append(critique)
             chain["principles"].append(principle["id"])
-        last = [chain["responses"][-1] for chain in chains]
+    report_left_out("chains", rows, kept)
     return chains
 
 
-def _check(rows, constitution, few_shot, initial):
-    """Checks the arguments of `revise`; returns the few-shot examples."""
+def _check(rows, initial):
     for i, row in enumerate(rows):
         if not row.get("prompt") or row["prompt"][-1].get("role") != "user":
             raise ValueError(f"row {i}: 'prompt' has to be messages that end with a user message")
     if initial is not None and len(initial) != len(rows):
         raise ValueError(f"initial has {len(initial)} responses for {len(rows)} rows")
+
+
+def examples_of(constitution, few_shot=False, n_principles=None) -> list[dict]:
+    """The examples before each request, [] without `few_shot`: ValueError where the constitution
+    has none, or not the principles to critique by, so that it is found before other work."""
     examples = constitution.few_shot.get("critique", []) if few_shot else []
     if few_shot and not examples:
         raise ValueError(
             f"constitution {constitution.name!r} has no few_shot critiques: add some to its file "
             "or pass few_shot=False"
         )
+    draw(constitution.critiques, 0, 0, 0, n_principles)
     return examples
 
 

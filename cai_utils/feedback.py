@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from cai_utils.constitution import draw
+from cai_utils.lm.fitting import report_left_out
 from cai_utils.multiple_choice import (
     LETTERS,
     comparison_question,
@@ -52,6 +53,9 @@ def label(
       mean over pairs estimates the same;
     - `cot`: the chains, in order.
 
+    A pair of which a question, with the tokens asked for, does not fit into the model's context is
+    left out, and a line says how many are; PromptTooLong, a ValueError, where all are.
+
     ValueError for malformed pairs or parameters, an empty constitution, or few-shot examples
     that are asked for and missing.
     """
@@ -82,11 +86,12 @@ def label(
     swapped = np.array(swapped).reshape(p_a.shape)
     p_first = np.clip(np.where(swapped == 1, 1 - p_a, p_a).mean(1), low, high)
     bias = (2 * p_a - 1).mean(1)
-    orders = p_a.shape[1]
+    orders, kept = p_a.shape[1], np.flatnonzero(~np.isnan(bias)).tolist()
+    report_left_out("AI labels", pairs, kept)
     return [
-        _row(i, pair, principle, float(p_first[i]), float(bias[i]),
+        _row(i, pairs[i], principles[i], float(p_first[i]), float(bias[i]),
              [chain for k in range(i * orders, (i + 1) * orders) for chain in chains[k]])
-        for i, (pair, principle) in enumerate(zip(pairs, principles, strict=True))
+        for i in kept
     ]
 
 

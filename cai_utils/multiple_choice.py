@@ -22,6 +22,7 @@ from cai_utils import dialogue
 from cai_utils.data import question_form
 from cai_utils.data.question_form import QuestionForm
 from cai_utils.lm import tokens
+from cai_utils.lm.fitting import choice_probs, generate_fitting, report_left_out
 from cai_utils.seeds import stable_int
 
 ANSWER_LEAD = "The answer is:"
@@ -227,20 +228,27 @@ def letter_probabilities(sampler, asked, choices, *, cot, n_samples, seed, tempe
 
     asked: N texts that end in the lead of an answer or, with `cot`, of a chain. choices: C letters
     for all texts, or one list per text. form: the `QuestionForm` of the chains (None: the project's
-    own). Returns ((N, C) float64, N lists of n_samples str, empty without `cot`).
+    own). Returns ((N, C) float64, N lists of n_samples str, empty without `cot`). A text that, with
+    the tokens asked for, does not fit into the model's context has NaN and no chains.
     """
     if not cot:
-        return _choice_probs(sampler, asked, choices, progress), [[] for _ in asked]
+        return choice_probs(sampler, asked, choices, progress), [[] for _ in asked]
     form = form or OWN["comparison_cot"]
     as_text = dialogue.uses_transcript(getattr(sampler, "tokenizer", None))
     # The bare lead as a stop string matches whatever spacing the model writes before it.
     stops = [*stop, form.answer]
     if as_text:
         stops.append("\n\nHuman:")
-    sampled = sampler.generate(
-        asked, n=n_samples, temperature=temperature, max_new_tokens=max_new_tokens,
+    sampled = generate_fitting(  # a long chain is cut, so that only the question has to fit
+        sampler, asked, need=1, n=n_samples, temperature=temperature, max_new_tokens=max_new_tokens,
         stop=tuple(dict.fromkeys(stops)), seed=seed, progress=progress,
     )
+    kept, count = [i for i, found in enumerate(sampled) if found is not None], len(asked)
+    if not kept:
+        return np.full((count, 1), np.nan), [[] for _ in asked]
+    asked, sampled = [asked[i] for i in kept], [sampled[i] for i in kept]
+    if isinstance(choices[0], list):
+        choices = [choices[i] for i in kept]
     end = (form.answer_turn if as_text else "\n\n") + form.answer
     written = [[_chain(c.text, form) for c in completions] for completions in sampled]
     marks = dialogue.TURNS if as_text else dialogue.Marks()
@@ -248,9 +256,10 @@ def letter_probabilities(sampler, asked, choices, *, cot, n_samples, seed, tempe
     texts = _with_chains(sampler, asked, shown, end)
     if choices and isinstance(choices[0], list):
         choices = [letters for letters in choices for _ in range(n_samples)]
-    probs = _choice_probs(sampler, texts, choices, progress)
-    chains = [[chain.strip() for chain in row] for row in written]
-    return probs.reshape(len(asked), n_samples, -1).mean(1), chains
+    probs = choice_probs(sampler, texts, choices, progress)
+    found, written = np.full((count, probs.shape[1]), np.nan), dict(zip(kept, written, strict=True))
+    found[kept] = probs.reshape(len(asked), n_samples, -1).mean(1)
+    return found, [[chain.strip() for chain in written.get(i, ())] for i in range(count)]
 
 
 def _chain(text, form):
@@ -279,22 +288,6 @@ def _with_chains(sampler, asked, chains, end):
     return texts
 
 
-def _choice_probs(sampler, texts, choices, progress):
-    """(N, C) probabilities. Questions are scored in groups with the same number of options; the
-    columns that a question lacks hold zeros."""
-    if not isinstance(choices[0], list):
-        choices = [list(choices)] * len(texts)
-    counts = [len(c) for c in choices]
-    probs = np.zeros((len(texts), max(counts)))
-    for count in sorted(set(counts)):
-        rows = [i for i, c in enumerate(counts) if c == count]
-        logprobs = sampler.choice_logprobs(
-            [texts[i] for i in rows], [choices[i] for i in rows], progress=progress
-        )
-        probs[rows, :count] = np.exp(np.asarray(logprobs, dtype=float))
-    return probs
-
-
 def answer(
     sampler, questions, *, cot=False, n_samples=1, both_orders=False, random_order=False,
     few_shot="", forms=None, seed=0, temperature=1.0, max_new_tokens=256, stop=(), progress=None,
@@ -313,7 +306,8 @@ def answer(
     the likeliest correct option is likelier than every incorrect one (a tie is not); `probs`:
     {" (A)": p, ...} with the letters of the question as it stands; `answer`: the likeliest of them,
     the first where several are; `cot`: the chains; and with
-    `both_orders` or `random_order` `position_bias`, as in `feedback.label`.
+    `both_orders` or `random_order` `position_bias`, as in `feedback.label`. A question that with
+    the tokens asked for does not fit into the model's context has None, and a line says how many.
 
     ValueError, naming the question's row, for missing fields, unknown options, a prompt without
     its ending, and for options that cannot be swapped exactly.
@@ -346,6 +340,9 @@ def answer(
         rows = range(at, at + len(orders[i]))
         at = rows.stop
         found = [probs[k][: len(options[i])] for k in rows]
+        if np.isnan(found).any():
+            out.append(None)
+            continue
         p = np.mean([x[::-1] if swapped else x for x, swapped in zip(found, orders[i])], axis=0)
         by_option = dict(zip(options[i], map(float, p), strict=True))
         right = [by_option[c] for c in question["corrects"]]
@@ -359,6 +356,7 @@ def answer(
         if both_orders or random_order:
             result["position_bias"] = float(np.mean([2 * x[0] - 1 for x in found]))
         out.append(result)
+    report_left_out("questions", questions, [i for i, result in enumerate(out) if result])
     return out
 
 
@@ -385,7 +383,7 @@ def ask(sampler, questions, methods, **common) -> list[dict]:
         rows += [{"id": q["id"], "method": method, "correct": int(a["correct"]),
                   "answer": a["answer"], "probs": a["probs"], "p_correct": a["p_correct"],
                   "position_bias": a.get("position_bias"), "cot": a["cot"]}
-                 for q, a in zip(asked, found, strict=True)]
+                 for q, a in zip(asked, found, strict=True) if a is not None]
         print(f"  {method}: {len(asked)} questions, {time.time() - began:.0f} s", flush=True)
     return rows
 
@@ -408,7 +406,7 @@ def predictions(sampler, questions, ways, **common) -> list[dict]:
         answers = answer(sampler, questions, **{**common, **arguments})
         rows += [{"id": q["id"], "labels": name, "p": min(1.0, a["probs"][" (A)"]),
                   "y": int(" (A)" in q["corrects"])}
-                 for q, a in zip(questions, answers, strict=True)]
+                 for q, a in zip(questions, answers, strict=True) if a is not None]
         print(f"  {name}: {len(questions)} questions, {time.time() - began:.0f} s", flush=True)
     return rows
 

@@ -1,4 +1,4 @@
-"""Parameters' values: what can be a name, and numbers and booleans where the notebook has numbers and booleans.
+"""Parameters' values: names, and numbers and booleans where the notebook has them.
 
 Values come from YAML files and the command line (`yaml12`), from papermill, whose YAML leaves 5e-4
 as text, and from people, who put numbers in quotes. The rule, at any depth:

@@ -40,11 +40,13 @@ def load_function(path):
         ) from error
 
 
-def for_size(value, size):
+def for_size(value, size, *otherwise):
     """A parameter's value for a model size: the value itself, or its entry where it is a dict
-    {size: value}. ValueError when the dict lacks the size."""
+    {size: value}. ValueError when the dict lacks the size and nothing is given for it."""
     if not isinstance(value, dict):
         return value
+    if size not in value and otherwise:
+        return otherwise[0]
     if size not in value:
         raise ValueError(f"a parameter has values for {', '.join(map(str, value))}, none for size "
                          f"{size!r}: add it in params/")

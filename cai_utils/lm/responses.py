@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cai_utils.experiment import registry
 from cai_utils.lm import backends, models
+from cai_utils.lm.fitting import generate_fitting, report_left_out
 
 
 def sample(spec, rows, *, model, size, step=0, n=1, seed=0, temperature=1.0, max_new_tokens=56,
@@ -12,15 +13,21 @@ def sample(spec, rows, *, model, size, step=0, n=1, seed=0, temperature=1.0, max
 
     spec: a model spec or folder, or what `backends.from_spec` gave. model, size, step: written into
     the samples (ARCHITECTURE.md, Rows). `finish` says how a response ended.
+
+    A row whose prompt with `max_new_tokens` behind it does not fit into the model's context is left
+    out, and a line says how many are; PromptTooLong, a ValueError, where all are.
     """
     sampler = spec if hasattr(spec, "generate") else backends.from_spec(spec, runs_dir=runs_dir)
-    responses = sampler.generate([r["prompt"] for r in rows], n=n, temperature=temperature,
-                                 max_new_tokens=max_new_tokens, stop=tuple(stop), seed=seed)
+    responses = generate_fitting(
+        sampler, [r["prompt"] for r in rows], n=n, temperature=temperature,
+        max_new_tokens=max_new_tokens, stop=tuple(stop), seed=seed)
+    report_left_out(f"samples of {model}", rows,
+                    [i for i, found in enumerate(responses) if found is not None])
     return [
         {"id": row["id"], "kind": row.get("kind", "unknown"), "prompt": row["prompt"],
          "response": c.text.strip(), "model": model, "size": size, "step": step,
          "finish": c.finish_reason}
-        for row, completions in zip(rows, responses, strict=True) for c in completions
+        for row, completions in zip(rows, responses, strict=True) for c in completions or ()
     ]
 
 

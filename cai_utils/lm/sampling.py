@@ -97,7 +97,7 @@ class Sampler:
         for r, ids in enumerate(prompts):
             if self.context is not None:
                 if len(ids) >= self.context:
-                    raise ValueError(
+                    raise PromptTooLong(
                         f"input {r}: {len(ids)} tokens fill the model's context of "
                         f"{self.context}; shorten the prompt"
                     )
@@ -134,6 +134,13 @@ class Sampler:
         with journal.progress(len(jobs), "completion", progress, len(jobs) - len(left)) as bar:
             self._run_batches(left, next_batch, sample, [prompts[r] for r, _ in left], bar)
         return out
+
+    def fits(self, inputs, new_tokens):
+        """Whether each input fits into the model's context with `new_tokens` behind it: N bools."""
+        if self.context is None:
+            return [True] * len(inputs)
+        prompts = self._text_ids(self._texts(inputs))
+        return [len(ids) + new_tokens <= self.context for ids in prompts]
 
     def choice_logprobs(self, texts, choices, progress=None):
         """Log-probability (nats) of each choice as the continuation of each text: (N, C) float64,
@@ -268,7 +275,7 @@ class Sampler:
                 if not ids:
                     raise ValueError(f"text {i}: the choice {choice!r} is empty; drop it")
                 if self.context is not None and len(prompt) + len(ids) > self.context:
-                    raise ValueError(
+                    raise PromptTooLong(
                         f"text {i}: {len(prompt)} tokens and {len(ids)} of the choice {choice!r} "
                         f"exceed the model's context of {self.context}; shorten the text"
                     )

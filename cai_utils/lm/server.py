@@ -80,7 +80,7 @@ class Server:
 
     def generate(
         self, inputs, *, n=1, temperature=1.0, top_p=1.0, max_new_tokens=128, stop=(), seed=0,
-        progress=None,
+        progress=None, rows=None,
     ):  # fmt: skip
         """As `Sampler.generate`, except: `token_ids` are empty, since servers return text;
         `logprobs` are the server's, empty where it returns none; "eos" and "stop" are
@@ -99,6 +99,7 @@ class Server:
             raise ValueError("stop string '': it would end every completion at once")
         asked = self._asked(inputs)
         jobs = [(r, s) for r in range(len(asked)) for s in range(n)]
+        rows = range(len(asked)) if rows is None else rows
         out = [[None] * n for _ in asked]
         settings = [temperature, top_p, max_new_tokens, list(stop), seed]
 
@@ -106,13 +107,14 @@ class Server:
             out[job[0]][job[1]] = Completion(*value)
 
         left, keep = journal.pick_up(
-            self.source, jobs, lambda job: ["generate", asked[job[0]], *job, settings], put
-        )
+            self.source, jobs,
+            lambda job: ["generate", asked[job[0]], rows[job[0]], job[1], settings], put,
+        )  # fmt: skip
 
         def sample(job, halt):
             body = {
                 "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
-                "seed": stable_int("server", seed, *job),
+                "seed": stable_int("server", seed, rows[job[0]], job[1]),
             }  # fmt: skip
             if stop:
                 body["stop"] = list(stop)
