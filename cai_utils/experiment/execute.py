@@ -11,7 +11,6 @@ from pathlib import Path
 from cai_utils.experiment import kinds
 from cai_utils.experiment.files import PACKAGE, finite, write_json
 
-
 FOLDERS = ("data", "models", "results", "figures", "wandb", "executed")  # of a run
 
 
@@ -31,7 +30,8 @@ class _Prefixed(io.TextIOBase):
 def check_name(name: str) -> str:
     """The name of a run; ValueError where its notebook cannot be called so."""
     if str(name).endswith((".running", ".failed")):
-        raise ValueError(f"the name {name!r} of a run ends as those of unfinished ones; give another")
+        raise ValueError(f"the name {name!r} of a run ends as those of unfinished ones; give "
+                         "another")
     return kinds.check_name(name, "the name of a run")
 
 

@@ -8,7 +8,6 @@ import gzip
 import json
 import math
 import os
-import re
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
