@@ -367,12 +367,14 @@ def test_an_interrupted_kernel_goes_on_with_nothing_left_of_the_requests(tmp_pat
     path = tmp_path / "x.partial"
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(ROOT))
     try:
-        client.execute(WAITS.replace("PATH", repr(str(path))).replace("URL", repr(fake.url)),
-                       stop_on_error=False)
+        code = WAITS.replace("PATH", repr(str(path))).replace("URL", repr(fake.url))
+        asked, message = client.execute(code, stop_on_error=False), None
         assert hung.wait(30)
         began = time.monotonic()
         manager.interrupt_kernel()
-        reply = client.get_shell_msg(timeout=20)["content"]
+        while message is None or message["parent_header"]["msg_id"] != asked:
+            message = client.get_shell_msg(timeout=20)  # late answers to the start come before
+        reply = message["content"]
         assert (reply["status"], reply["ename"]) == ("error", "KeyboardInterrupt")
         assert time.monotonic() - began < 5
         left = ("import threading, time; end = time.time() + 5\n"
