@@ -367,17 +367,21 @@ def test_an_interrupted_kernel_goes_on_with_nothing_left_of_the_requests(tmp_pat
     path = tmp_path / "x.partial"
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(ROOT))
     try:
-        client.execute(WAITS.replace("PATH", repr(str(path))).replace("URL", repr(fake.url)))
+        code = WAITS.replace("PATH", repr(str(path))).replace("URL", repr(fake.url))
+        asked, message = client.execute(code, stop_on_error=False), None
         assert hung.wait(30)
         began = time.monotonic()
         manager.interrupt_kernel()
-        reply = client.get_shell_msg(timeout=20)["content"]
+        while message is None or message["parent_header"]["msg_id"] != asked:
+            message = client.get_shell_msg(timeout=20)  # late answers to the start come before
+        reply = message["content"]
         assert (reply["status"], reply["ename"]) == ("error", "KeyboardInterrupt")
-        left = "import threading, time; time.sleep(0.5); n = sum('ThreadPool' in t.name for t in "
-        reply = client.execute_interactive(
-            left + "threading.enumerate()); assert not n", timeout=20, output_hook=lambda _: None)
-        assert reply["content"]["status"] == "ok", reply["content"]
         assert time.monotonic() - began < 5
+        left = ("import threading, time; end = time.time() + 5\n"
+                "while any('ThreadPool' in t.name for t in threading.enumerate()):\n"
+                "    assert time.time() < end; time.sleep(0.05)")
+        reply = client.execute_interactive(left, timeout=20, output_hook=lambda _: None)
+        assert reply["content"]["status"] == "ok", reply["content"]
     finally:
         manager.shutdown_kernel(now=True)
         client.stop_channels()
