@@ -121,15 +121,22 @@ class _Saved(resume.Checkpoints):
         if not self.agreed(lambda: bool(self._written())):
             return None, None
         self._set_key()
-        return super().find()
+        return (None, None) if self.key is None else super().find()
 
     def write(self, n, save, needs=(), **state):
         self._set_key()
         super().write(n, save, needs, **state)
 
     def _set_key(self):
-        self.key = self.key or self.agreed(lambda: {
-            name: fingerprint.digest(value) for name, value in self.facts().items()})
+        if self.key is None and self.facts is not None:
+            self.key, self.facts = self.agreed(self._digests), None
+
+    def _digests(self):
+        try:
+            return {name: fingerprint.digest(value) for name, value in self.facts().items()}
+        except (ValueError, OSError) as error:  # a long training must not end for it
+            print(f"{self.name}: no checkpoints: {error}", flush=True)
+            return None
 
 
 def train(trainer, every, facts):
