@@ -69,10 +69,13 @@ class ResumableTrainer:
                 learning[name].copy_(kept[name])
 
     def restore_sums(self):
-        sums = _load(self.resumed, f"sums_{self.args.process_index}.pt", self.args.device)
+        device = self.args.device
+        # torch cannot restore to "cpu:0", the device of a CPU process among several.
+        sums = _load(self.resumed, f"sums_{self.args.process_index}.pt",
+                     "cpu" if device.type == "cpu" else device)
         self._metrics["train"].update(sums.pop("metrics"))
         for name, value in sums.items():
-            setattr(self, name, value)
+            setattr(self, name, value.to(device) if torch.is_tensor(value) else value)
         self._initial_global_step = 0  # the mean loss is that of the whole training
 
 
