@@ -69,10 +69,13 @@ class ResumableTrainer:
                 learning[name].copy_(kept[name])
 
     def restore_sums(self):
-        sums = _load(self.resumed, f"sums_{self.args.process_index}.pt", self.args.device)
+        device = self.args.device
+        # torch cannot restore to "cpu:0", the device of a CPU process among several.
+        sums = _load(self.resumed, f"sums_{self.args.process_index}.pt",
+                     "cpu" if device.type == "cpu" else device)
         self._metrics["train"].update(sums.pop("metrics"))
         for name, value in sums.items():
-            setattr(self, name, value)
+            setattr(self, name, value.to(device) if torch.is_tensor(value) else value)
         self._initial_global_step = 0  # the mean loss is that of the whole training
 
 
@@ -121,15 +124,22 @@ class _Saved(resume.Checkpoints):
         if not self.agreed(lambda: bool(self._written())):
             return None, None
         self._set_key()
-        return super().find()
+        return (None, None) if self.key is None else super().find()
 
     def write(self, n, save, needs=(), **state):
         self._set_key()
         super().write(n, save, needs, **state)
 
     def _set_key(self):
-        self.key = self.key or self.agreed(lambda: {
-            name: fingerprint.digest(value) for name, value in self.facts().items()})
+        if self.key is None and self.facts is not None:
+            self.key, self.facts = self.agreed(self._digests), None
+
+    def _digests(self):
+        try:
+            return {name: fingerprint.digest(value) for name, value in self.facts().items()}
+        except (ValueError, OSError) as error:  # a long training must not end for it
+            print(f"{self.name}: no checkpoints: {error}", flush=True)
+            return None
 
 
 def train(trainer, every, facts):

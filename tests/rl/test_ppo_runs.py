@@ -422,7 +422,7 @@ def test_sampled_conversations_are_logged_with_snapshots(lab, tmp_path):  # noqa
     assert "completions" not in history and (history["tokens_per_second"] > 0).all()
 
 
-def test_the_pm_is_refreshed_with_labels_on_the_policys_samples(lab, tmp_path):  # noqa: F811
+def test_the_pm_is_refreshed_with_labels_on_the_policys_samples(lab, tmp_path, capsys):  # noqa: F811
     seen = []
 
     def label(pairs):
@@ -460,8 +460,20 @@ def test_the_pm_is_refreshed_with_labels_on_the_policys_samples(lab, tmp_path): 
 
     with pytest.raises(KeyboardInterrupt):
         again(tmp_path / "killed", stop)
+    shutil.copytree(tmp_path / "killed", tmp_path / "kept")
     pd.testing.assert_frame_equal(steady(again(tmp_path / "killed")), steady(history),
                                   check_exact=True)
+
+    # The refreshed PM is damaged: the checkpoint before the refresh makes it again.
+    shutil.rmtree(tmp_path / "killed")
+    (tmp_path / "kept").rename(tmp_path / "killed")
+    DAMAGE["flipped"](tmp_path / "killed" / "pms" / "pm-2" / "model.safetensors")
+    capsys.readouterr()
+    pd.testing.assert_frame_equal(steady(again(tmp_path / "killed")), steady(history),
+                                  check_exact=True)
+    told = capsys.readouterr().out
+    assert f"{tmp_path / 'killed' / 'pms' / 'pm-2'}: it is not as it was when" in told
+    assert "resumes from iteration 2 of 5" in told
 
 
 def same_scores(a, b):
