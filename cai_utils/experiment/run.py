@@ -142,6 +142,8 @@ class Run:
             if rows is not None:
                 print(f"{path.name}: {len(rows)} rows, kept from an earlier run")
                 return rows
+            if folder:  # what a training that is killed from here on leaves there is not damaged
+                sidecar.unlink()
         before = time.time()
         with journal.recording(path.with_name(f"{path.name}.partial"), new) as samples:
             if samples.found or samples.damaged:

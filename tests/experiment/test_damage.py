@@ -152,6 +152,29 @@ def test_a_model_is_read_once_and_may_be_removed_or_added_to(run, monkeypatch):
     assert len(seen) == 2 and not folder.with_name("s.damaged").exists()
 
 
+def test_a_training_that_is_killed_after_damage_goes_on_in_its_folder(run):
+    seen, found = [], []
+
+    def make(folder):
+        found.append(sorted(p.name for p in folder.glob("*")))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoint-1").write_text("half")
+        seen.append(1)
+        if len(seen) in (2, 3):
+            raise KeyboardInterrupt
+        (folder / "config.json").write_text("{}")
+        return {"train_loss": 1.0, "steps": 3, "seconds": 0.1}
+
+    folder = run.trained("pm", "s", make)
+    flip(folder / "config.json")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run.trained("pm", "s", make)
+    run.trained("pm", "s", make)
+    assert found == [[], [], ["checkpoint-1"], ["checkpoint-1"]]
+    assert [p.name for p in sorted(folder.parent.iterdir())] == ["s", "s.damaged"]
+
+
 # ---------------------------------------------------------------- what another notebook made
 def test_what_changed_since_another_notebook_made_it_is_refused_by_name(run):
     made(run, [])
