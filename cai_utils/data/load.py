@@ -165,8 +165,8 @@ def _distinct_ids(rows, where):
     for i, row in enumerate(rows):
         if seen.setdefault(row["id"], i) != i:
             both = f"{seen[row['id']] + 1} and {i + 1}"
-            raise ValueError(f"{where}: usable rows {both} have the same id {row['id']!r:.80}: give "
-                             "each its own, or leave ids out")
+            raise ValueError(f"{where}: usable rows {both} have the same id {row['id']!r:.80}: "
+                             "give each its own, or leave ids out")
 
 
 def _has(rows, field):
