@@ -40,7 +40,7 @@ def _ends_with_user(messages):
 
 def _as_label(value):
     try:
-        p = 1.0 if value in (None, "") else float(value)
+        p = 1.0 if value in (None, "") else -1.0 if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         p = -1.0
     if not 0.5 <= p <= 1:
@@ -73,6 +73,24 @@ def _finite(value):
     return value
 
 
+def _as_id(value):
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"'id' is {value!r:.80}: give a text, or none")
+    return value
+
+
+def _as_kind(value):
+    if isinstance(value, list | dict):
+        raise ValueError(f"'kind' is {value!r:.80}: give a text such as 'redteam'")
+    return value
+
+
+def _text_or_none(value, info):
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"'{info.field_name}' has to be a text, not {value!r:.80}")
+    return value
+
+
 Messages = Annotated[
     list, BeforeValidator(conversations.prompt_of), AfterValidator(_ends_with_user)]
 Options = Annotated[list[str], BeforeValidator(conversations.listed),
@@ -84,7 +102,8 @@ class Prompt(TypedDict):
     """What a model is asked: messages that end with the user's."""
 
     prompt: Messages
-    id: Annotated[str, BeforeValidator(str)]
+    id: Annotated[str, BeforeValidator(lambda value: str(_as_id(value)))]
+    kind: NotRequired[Annotated[Any, BeforeValidator(_as_kind)]]
 
 
 class Comparison(TypedDict):
@@ -98,6 +117,7 @@ class Comparison(TypedDict):
     axis: Annotated[Any, BeforeValidator(_as_axis), Field(default=None, validate_default=True)]
     principle: Annotated[Any, OrNone, Field(default=None)]
     split: Annotated[Any, OrNone, Field(default=None)]
+    id: NotRequired[Annotated[Any, BeforeValidator(lambda v: v if v is None else _as_id(v))]]
 
 
 class Question(TypedDict):
@@ -106,6 +126,9 @@ class Question(TypedDict):
     prompt: Annotated[str, Field(pattern=r"\S", description="a text")]
     corrects: Options
     incorrects: Options
+    id: Annotated[Any, BeforeValidator(_as_id)]
+    text_correct: NotRequired[Annotated[Any, BeforeValidator(_text_or_none)]]
+    text_incorrect: NotRequired[Annotated[Any, BeforeValidator(_text_or_none)]]
 
 
 class RevisionChain(TypedDict):

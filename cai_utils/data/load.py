@@ -34,6 +34,7 @@ import re
 from cai_utils.data import conversations, formats, hh_rlhf, hub
 from cai_utils.data.fetch import PAPER_EVALS, local, paper_file, xstest_file
 from cai_utils.experiment.files import read_rows
+from cai_utils.experiment.params import check_name
 
 
 def load_prompts(spec, split=None, limit=None, seed=0, strict=False) -> list[dict]:
@@ -48,7 +49,8 @@ def load_prompts(spec, split=None, limit=None, seed=0, strict=False) -> list[dic
     one role in a row are skipped with a count. They have no split.
     `split` keeps "train" or "eval" rows.
 
-    ValueError, naming file and row, for a prompt that is missing or does not end with the user.
+    ValueError, naming file and row, for a prompt that is missing, no text and no messages, or does
+    not end with the user, and for an id that is a list or there twice.
     """
     spec, part = _for_split(spec, split)
     rows, where = _open(spec, split)
@@ -64,6 +66,7 @@ def load_prompts(spec, split=None, limit=None, seed=0, strict=False) -> list[dic
         _need(rows, where, *(("chosen", "rejected") if pairs else ("prompt",)))
         rows = conversations.usable(rows, lambda i, row: formats.validate(
             formats.Prompt, _with_id(i, row), f"{where}, row {i + 1}"), where, strict)
+        _distinct_ids(rows, where)
     return _choose(rows, where, split, limit, seed, part)
 
 
@@ -116,6 +119,7 @@ def load_questions(spec, limit=None, seed=0) -> list[dict]:
         if set(row["corrects"]) & set(row["incorrects"]):
             raise ValueError(f"{at}: an option is in both corrects and incorrects")
         out.append(row)
+    _distinct_ids(out, where)
     return _choose(out, where, None, limit, seed, part)
 
 
@@ -155,6 +159,16 @@ def _with_id(i, row):
     return row
 
 
+def _distinct_ids(rows, where):
+    """ValueError for an id that two rows have: results are paired by it."""
+    seen = {}
+    for i, row in enumerate(rows):
+        if seen.setdefault(row["id"], i) != i:
+            both = f"{seen[row['id']] + 1} and {i + 1}"
+            raise ValueError(f"{where}: usable rows {both} have the same id {row['id']!r:.80}: "
+                             "give each its own, or leave ids out")
+
+
 def _has(rows, field):
     return any(row.get(field) is not None for row in rows)
 
@@ -188,6 +202,8 @@ def _open(spec, split) -> tuple[list[dict], str]:
 
 def _paper(spec):
     name = spec.removeprefix("paper/").removesuffix(".jsonl")
+    for part in name.split("/"):
+        check_name(part, f"data spec {spec!r}: a part")
     try:
         path = paper_file(f"evals/{name}.jsonl")
     except FileNotFoundError as error:
@@ -226,6 +242,7 @@ def _hh_source(spec):
     if not attempts and split not in (["train"], ["test"]):
         raise ValueError(f"{spec!r}: write hh-rlhf/<subset>/<train or test>, for example "
                          f"hh-rlhf/harmless-base/test, or hh-rlhf/red-team-attempts; {known}")
+    check_name(subset, f"data spec {spec!r}: a part")
     name = f"{spec}/red_team_attempts.jsonl" if attempts else f"{spec}.jsonl"
     for path in filter(None, (local(name + ending) for ending in (".gz", ""))):
         return read_rows(path), str(path)

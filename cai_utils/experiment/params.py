@@ -18,8 +18,7 @@ from pathlib import Path
 import yaml
 
 from cai_utils.experiment import rules, secrets, yaml12
-from cai_utils.experiment.kinds import check_name as check_name
-from cai_utils.experiment.kinds import fitted, lines_of, unknown
+from cai_utils.experiment.kinds import check_name, fitted, lines_of, unknown
 
 
 # ---------------------------------------------------------------- what params name
@@ -55,12 +54,15 @@ def for_size(value, size, *otherwise):
 
 def source(run, spec, made_by="00_miniature"):
     """A data spec of params: `data/...` is a file that notebook `made_by` makes in the run folder,
-    anything else is what `cai_utils.data` reads. Of {split: spec} each is looked up."""
+    anything else is what `cai_utils.data` reads. Of {split: spec} each is looked up. ValueError for
+    one that leads out of the run folder."""
     if isinstance(spec, dict):
         return {split: source(run, part, made_by) for split, part in spec.items()}
     if not str(spec).startswith("data/"):
         return spec
     path, bracket, part = str(spec).partition("[")  # a slice stays behind it
+    for name in path.split("/"):
+        check_name(name, f"data spec {spec!r}: a part")
     found = run.need(path, made_by)
     return f"{found}[{part}" if bracket else found
 

@@ -52,6 +52,11 @@ def choice_probs(sampler, texts, choices, progress=None):
         if scored:
             probs[[*scored]] = 0.0
             probs[[*scored], :count] = np.exp(np.asarray([*scored.values()], dtype=float))
+        bad = [i for i in scored if not np.isfinite(probs[i]).all()]
+        if bad:  # 0/0: no option has a probability
+            raise ValueError(f"the model gives no probability to any option of {len(bad)} of "
+                             f"{len(texts)} texts, text {bad[0]} first: its weights are damaged, "
+                             "or its server says nothing of the options")
     return probs
 
 

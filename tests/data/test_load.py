@@ -463,3 +463,52 @@ def test_nan_is_nothing_but_where_a_label_belongs(tmp_path, field):
     else:
         with pytest.raises(ValueError, match="p_chosen=nan has to be from 0.5 to 1"):
             load.load_comparisons(tmp_path / "r.jsonl", "train")
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"prompt": [{"role": "user", "content": None}]}, "content of message 0 is None, not a text"),
+    ({"prompt": [{"role": "user", "content": [1]}]}, r"content of message 0 is \[1\]"),
+    ({"prompt": [{"content": "x"}]}, "message 0 is .*'role'"),
+    ({"prompt": 5}, "'prompt' has to be a text or a list"),
+    ({"prompt": " \n"}, "'prompt' is empty"),
+    ({"id": ["a"], "prompt": "Hi"}, r"'id' is \['a'\]: give a text"),
+    ({"id": True, "prompt": "Hi"}, "'id' is True"),
+    ({"kind": ["redteam"], "prompt": "Hi"}, r"'kind' is \['redteam'\]"),
+])
+def test_wrong_types_of_prompts_are_named_by_file_and_row(tmp_path, row, message):
+    path = jsonl(tmp_path / "own.jsonl", [{"prompt": "Hi"}, row])
+    with pytest.raises(ValueError, match=f"own.jsonl, row 2: .*{message}"):
+        load.load_prompts(str(path))
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"chosen": "y", "rejected": 5}, "'rejected' has to be one assistant message"),
+    ({"chosen": "y", "rejected": "x", "p_chosen": True}, "p_chosen=True has to be from 0.5 to 1"),
+    ({"chosen": "y", "rejected": "x", "id": {"a": 1}}, "'id' is {'a': 1}"),
+])
+def test_wrong_types_of_comparisons_are_named_by_file_and_row(tmp_path, row, message):
+    good = {"prompt": "Hi", "chosen": "y", "rejected": "x", "axis": "helpful"}
+    path = jsonl(tmp_path / "own.jsonl", [good, {"prompt": "Hi", "axis": "helpful", **row}])
+    with pytest.raises(ValueError, match=f"own.jsonl, row 2: .*{message}"):
+        load.load_comparisons(str(path))
+
+
+def test_wrong_types_of_questions_and_doubled_ids_are_named(tmp_path):
+    good = {"prompt": "Q", "corrects": [" (A)"], "incorrects": [" (B)"]}
+    path = jsonl(tmp_path / "own.jsonl", [good, {**good, "text_correct": 5}])
+    with pytest.raises(ValueError, match="own.jsonl, row 2: .*'text_correct' has to be a text"):
+        load.load_questions(str(path))
+    for rows, read in (([{**good, "id": "a"}] * 2, load.load_questions),
+                       ([{"id": "a", "prompt": "Hi"}] * 2, load.load_prompts)):
+        with pytest.raises(ValueError, match="own.jsonl: .*rows 1 and 2 have the same id 'a'"):
+            read(str(jsonl(path, rows)))
+
+
+@pytest.mark.parametrize("spec", ["paper/../../../x", "paper//etc/passwd", "paper/..\\x",
+                                  "hh-rlhf/..\\..\\x/test", "hh-rlhf/../test"])
+def test_specs_do_not_lead_out_of_the_data_folder(tmp_path, monkeypatch, spec):
+    (tmp_path / "data/constitutional_harmlessness_paper/evals").mkdir(parents=True)
+    jsonl(tmp_path / "x.jsonl", [{"prompt": "Q", "corrects": [" (A)"], "incorrects": [" (B)"]}])
+    monkeypatch.setenv("CAI_DATA_DIR", str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="data spec .*cannot be the name of a file or folder"):
+        load.load_questions(spec)

@@ -68,3 +68,9 @@ def test_values_of_a_grid_arrive_as_they_are(value):
 def test_sizes_are_a_list(tmp_path, sizes):
     with pytest.raises(ValueError, match=r"sizes=.*give a list of at least one size"):
         params.check_sizes(tmp_path, {"profile": "mini", "sizes": sizes})
+
+
+@pytest.mark.parametrize("spec", ["data/../../x.jsonl", "data//etc/x.jsonl", "data/..\\x.jsonl"])
+def test_files_of_a_run_are_below_its_folder(spec):
+    with pytest.raises(ValueError, match="data spec .*cannot be the name"):
+        params.source(None, spec)
