@@ -286,6 +286,11 @@ def _choice_probs(sampler, texts, choices, progress):
             [texts[i] for i in rows], [choices[i] for i in rows], progress=progress
         )
         probs[rows, :count] = np.exp(np.asarray(logprobs, dtype=float))
+    bad = np.flatnonzero(~np.isfinite(probs).all(axis=1))
+    if len(bad):  # 0/0: no option has a probability
+        raise ValueError(f"the model gives no probability to any option of {len(bad)} of "
+                         f"{len(texts)} texts, text {bad[0]} first: its weights are damaged, "
+                         "or its server says nothing of the options")
     return probs
 
 
@@ -389,7 +394,7 @@ def ask_pm(scorer, questions, method) -> list[dict]:
     both = [q[k] for k in ("text_correct", "text_incorrect") for q in questions]
     right, wrong = scorer.score(both).reshape(2, -1)
     return [{"id": q["id"], "method": method, "correct": int(gap > 0),
-             "p_correct": float(1 / (1 + np.exp(-gap)))}
+             "p_correct": float(1 / (1 + np.exp(min(-gap, 700))))}
             for q, gap in zip(questions, right - wrong, strict=True)]
 
 
