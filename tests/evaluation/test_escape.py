@@ -100,3 +100,14 @@ def test_every_page_shows_what_was_said(render):
 
 def test_a_terminal_shows_what_it_would_obey():
     assert escape.visible("a\x1b[31m\r\u202eb\ud800\n\tc") == "a\\x1b[31m\\r\\u202eb\\ud800\n\tc"
+
+
+def test_frames_in_a_notebook_show_no_formula_and_no_markup():
+    from cai_utils.experiment import run
+
+    frame = pd.DataFrame({"x": ["<b>$a$ and $b$</b>"]})
+    with pd.option_context("display.html.use_mathjax", True, "styler.html.mathjax", True,
+                           "styler.format.escape", None):
+        run._show_text_as_it_is()
+        for page in (frame._repr_html_(), frame.style.hide().to_html()):
+            assert "<b>" not in page and "&lt;b&gt;" in page and "mathjax_ignore" in page
