@@ -9,6 +9,7 @@ import pytest
 from nbconvert.filters import markdown_mistune
 
 from cai_utils.evaluation import chains, escape, paper_samples
+from cai_utils.experiment import run
 from cai_utils.figures import gallery
 from scripts import cards
 
@@ -103,8 +104,6 @@ def test_a_terminal_shows_what_it_would_obey():
 
 
 def test_frames_in_a_notebook_show_no_formula_and_no_markup():
-    from cai_utils.experiment import run
-
     frame = pd.DataFrame({"x": ["<b>$a$ and $b$</b>"]})
     with pd.option_context("display.html.use_mathjax", True, "styler.html.mathjax", True,
                            "styler.format.escape", None):

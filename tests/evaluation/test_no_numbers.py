@@ -5,8 +5,11 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
+import torch
+import transformers
 
-from cai_utils import feedback
+from cai_utils import feedback, multiple_choice, preference
 from cai_utils.evaluation import (
     agreement,
     chains,
@@ -176,3 +179,23 @@ def test_pairs_that_are_all_equal_end_before_the_labels(capsys):
         feedback.response_pairs(same)
     pairs = feedback.response_pairs([*same, sample(id_="2"), sample(id_="2", response="no")])
     assert len(pairs) == 1 and "1 of 2 pairs left out" in capsys.readouterr().out
+
+
+def test_damaged_weights_are_named_by_the_scorer_and_the_letters(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=259, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_labels=1, pad_token_id=0)
+    model = transformers.LlamaForSequenceClassification(config)
+    torch.nn.init.constant_(model.score.weight, np.nan)
+    talk = [*ASK, {"role": "assistant", "content": "yes"}]
+    with pytest.raises(ValueError, match=r"Llama.*: 2 of 2 scores are not finite .*0, 1.*damaged"):
+        preference.Scorer(model, tiny.tokenizer()).score([talk, talk])
+
+    class Nothing:
+        def choice_logprobs(self, texts, choices, progress=None):
+            return np.full((len(texts), 2), np.nan)  # 0/0
+
+    with pytest.raises(ValueError, match="no probability to any option of 1 of 1 texts"):
+        multiple_choice.letter_probabilities(
+            Nothing(), ["q"], [" (A)", " (B)"], cot=False, n_samples=1, seed=0, temperature=1,
+            max_new_tokens=1, stop=(), progress=None)
