@@ -147,13 +147,20 @@ def response_pairs(samples) -> list[dict]:
     """Samples, two per prompt and side by side -> pairs {"id", "prompt", "kind", "responses"}.
 
     Pairs with an empty response and pairs of two equal ones are left out: they have nothing to
-    compare. ValueError where the samples are not two per prompt.
+    compare. How many is printed. ValueError where the samples are not two per prompt, and where no
+    pair is left of some.
     """
-    pairs = []
+    pairs, samples = [], list(samples)
     for a, b in zip(samples[::2], samples[1::2], strict=True):
         if a["id"] != b["id"]:
             raise ValueError(f"samples of {a['id']} and {b['id']} side by side: sample with n=2")
         if a["response"] and b["response"] and a["response"] != b["response"]:
             pairs.append({"id": a["id"], "prompt": a["prompt"], "kind": a["kind"],
                           "responses": [a["response"], b["response"]]})
+    left_out = len(samples) // 2 - len(pairs)
+    if left_out:
+        print(f"{left_out} of {len(samples) // 2} pairs left out: equal or empty responses")
+    if samples and not pairs:
+        raise ValueError("no pair of responses is left to compare, all are equal or empty: raise "
+                         "temperature (0 samples the same twice) or max_new_tokens")
     return pairs

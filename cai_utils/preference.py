@@ -188,16 +188,19 @@ class Scorer:
     `model`: a folder (or any spec of `models.load`) that `train` wrote, or a live model with
     its `tokenizer`. Batches hold sequences of similar length, at most `batch_tokens` tokens
     with padding. A conversation over `max_length` tokens (None: the model's positions) loses the
-    first tokens of its prompt. ValueError when the folder holds no PM.
+    first tokens of its prompt. ValueError when the folder holds no PM, and in scoring, naming model
+    and rows, for a score that is not finite.
     """
 
     def __init__(self, model, tokenizer=None, *, batch_tokens=16384, max_length=None, runs_dir=None,
                  dtype="float32"):
+        spec = None
         if tokenizer is None:
             spec, (model, tokenizer) = model, models.load(model, "score", dtype, runs_dir=runs_dir)
             if not models.has_score_head(model):
                 raise ValueError(f"{spec}: a language model, not a preference model; "
                                  "make one of it with preference.train")
+        self.name = getattr(model.config, "_name_or_path", "") if spec is None else spec
         if not hasattr(model, "score"):
             raise ValueError(f"a {type(model).__name__} has no score head: "
                              "load it with models.load(spec, head='score')")
@@ -248,6 +251,12 @@ class Scorer:
                 start += len(batch)
                 bar.update(len(batch))
         self.model.train(was_training)
+        bad = np.flatnonzero(~np.isfinite(out))
+        if len(bad):
+            rows = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            raise ValueError(f"{self.name or type(self.model).__name__}: {len(bad)} of {len(out)} "
+                             f"scores are not finite (conversations {rows}): its weights are "
+                             "damaged or went out of range; fetch or train the model again")
         return out - self.mean
 
 

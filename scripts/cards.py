@@ -2,7 +2,8 @@
 
 A *record* is the provenance of a result (`provenance.describe`) or {}, *training* the training.json
 of a model's folder or {}. What neither holds is called unknown. Functions return Markdown, or
-facts: {name: value}, which `bullets` makes a list of.
+facts: {name: value}, which `bullets` makes a list of. Facts and tables hold text, which is shown as
+it is (`escape.cell`); sentences that somebody gives for the limits are Markdown.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from cai_utils.dialogue import render
+from cai_utils.evaluation.escape import cell
 from cai_utils.experiment.files import read_json, read_rows
 from cai_utils.experiment.fingerprint import file_digest
 from cai_utils.lm import tokens
@@ -37,18 +39,18 @@ def describe(stem, rows, splits, record) -> str:
     facts = {
         "what": kind,
         "rows": ", ".join(f"{n:,} {split}" for split, n in splits.items()),
-        "fields": ", ".join(f"`{field}`" for field in fields),
+        "fields": ", ".join(map(str, fields)),
     }
     for field in ("source", "axis", "kind"):
         counts = Counter(str(row[field]) for row in rows if row.get(field) is not None)
         if counts:
-            facts[f"`{field}`"] = ", ".join(f"{n:,} {value}" for value, n in counts.most_common(8))
+            facts[field] = ", ".join(f"{n:,} {value}" for value, n in counts.most_common(8))
     soft = [float(row["p_chosen"]) for row in rows if row.get("p_chosen") not in (None, "")]
     if soft:
         below = sum(p < 1 for p in soft)
         mean = sum(soft) / len(soft)
-        facts["`p_chosen`"] = f"mean {mean:.3f}; {below:,} of {len(soft):,} below 1"
-    return f"## {stem}\n\n" + bullets({**facts, **origin(record)})
+        facts["p_chosen"] = f"mean {mean:.3f}; {below:,} of {len(soft):,} below 1"
+    return f"## {cell(stem)}\n\n" + bullets({**facts, **origin(record)})
 
 
 USE_TEXT = """```python
@@ -107,7 +109,7 @@ def origin(record) -> dict:
         "commit": f"{commit}{' and uncommitted changes' if git.get('dirty') else ''}",
         "made with": ", ".join(f"{k} {v}" for k, v in versions.items() if v) or "unknown",
         "time": record.get("time", "unknown"),
-        "parameters of the run": f"`{json.dumps(record.get('params', {}), ensure_ascii=False)}`",
+        "parameters of the run": json.dumps(record.get("params", {}), ensure_ascii=False),
     }
 
 
@@ -150,7 +152,8 @@ def results(training, tables, run_dir) -> str:
         commit = (record.get("git") or {}).get("commit") or "unknown"
         if record.get("sha256") != file_digest(path):  # the record of an earlier table
             commit = "unknown"
-        found.append(f"`{path.stem}` (commit {commit[:12]}):\n\n{markdown(read_rows(path))}")
+        found.append(f"{cell(path.stem)} (commit {cell(commit[:12])}):\n\n"
+                     + markdown(read_rows(path)))
     return "\n\n".join(found) or "None were recorded."
 
 
@@ -160,12 +163,12 @@ def markdown(rows, at_most=60) -> str:
     if not rows:
         return "(no rows)"
 
-    def cell(text):
+    def shown(text):
         number = re.fullmatch(r"-?\d+\.\d+(e[-+]?\d+)?", text)
-        return f"{float(text):.4g}" if number else text.replace("|", "\\|").replace("\n", " ")
+        return f"{float(text):.4g}" if number else cell(text) if text else ""
 
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(cell(str(v)) for v in row.values()) + " |"
+    lines = ["| " + " | ".join(map(cell, rows[0])) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join("" if v is None else shown(str(v)) for v in row.values()) + " |"
               for row in rows[:at_most]]
     left = len(rows) - at_most
     return "\n".join(lines) + (f"\n\n... and {left} rows more." if left > 0 else "")
@@ -193,7 +196,7 @@ def limits_of(records, given, scores=False, rows=False) -> str:
 
 def bullets(facts) -> str:
     """Facts as a list."""
-    return "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    return "\n".join(f"- {cell(key)}: {cell(value)}" for key, value in facts.items())
 
 
 def hub_id(base) -> str | None:

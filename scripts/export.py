@@ -166,7 +166,7 @@ def _model(folder, out, *, name, license, language, tables, limits):
     }
     use = cards.use_scores(config, tokenizer, training.get("stage")) if scores else cards.USE_TEXT
     ModelCard.from_template(
-        data, TEMPLATES / "model_card.md", title=title, paper=PAPER, use=use,
+        data, TEMPLATES / "model_card.md", title=cards.cell(title), paper=PAPER, use=use,
         what=f"{what[0].upper()}{what[1:]}", origin=cards.bullets(origin),
         results=cards.results(training, tables, run_dir),
         limits=cards.limits_of([record], limits, scores=scores),
@@ -227,7 +227,7 @@ def _rows(files, out, *, name, license, language, tables, limits):
     data = DatasetCardData(language=language, license=license, tags=["constitutional-ai"],
                            configs=configs)
     DatasetCard.from_template(
-        data, TEMPLATES / "data_card.md", title=name or ", ".join(stems), paper=PAPER,
+        data, TEMPLATES / "data_card.md", title=cards.cell(name or ", ".join(stems)), paper=PAPER,
         sections="\n\n".join(sections), results=cards.results({}, tables, run_dir),
         limits=cards.limits_of(records, limits, rows=True),
     ).save(out / "README.md")

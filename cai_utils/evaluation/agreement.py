@@ -10,8 +10,10 @@ import torch
 from cai_utils import dialogue
 from cai_utils.data.comparisons import check
 from cai_utils.evaluation import stats
-from cai_utils.evaluation.tables import summarize
+from cai_utils.evaluation.tables import finite, summarize
 from cai_utils.preference import soft_preference_loss
+
+_COLUMNS = ["labels", "p", "y"]
 
 
 def by_truth(comparisons, judge, axis=None) -> list[dict]:
@@ -61,11 +63,13 @@ def calibration_table(rows, bins=10) -> pd.DataFrame:
     Columns: bin, mean_p, estimate (frequency), ci_low, ci_high, n, labels.
     """
     tables = []
-    for name, part in pd.DataFrame(rows).groupby("labels", sort=False):
+    for name, part in pd.DataFrame(rows, columns=_COLUMNS).groupby("labels", sort=False):
         table = stats.calibration(part["p"], part["y"], bins)
         tables.append(table.rename(columns={"bin_mid": "bin", "frequency": "estimate"})
                       .assign(labels=name))
-    return pd.concat(tables, ignore_index=True)
+    empty = pd.DataFrame(
+        columns=["bin", "mean_p", "estimate", "ci_low", "ci_high", "n", "labels"])
+    return pd.concat(tables, ignore_index=True) if tables else empty
 
 
 def calibration_errors(rows, bins=10) -> pd.DataFrame:
@@ -75,7 +79,7 @@ def calibration_errors(rows, bins=10) -> pd.DataFrame:
     accuracy.
     """
     out = []
-    for name, part in pd.DataFrame(rows).groupby("labels", sort=False):
+    for name, part in pd.DataFrame(rows, columns=_COLUMNS).groupby("labels", sort=False):
         p, y = part["p"].to_numpy(float), part["y"].to_numpy(float)
         right = np.where(p == 0.5, 0.5, ((p > 0.5) == (y == 1)).astype(float))
         found = {"expected calibration error": stats.ece(p, y, bins),
@@ -83,25 +87,28 @@ def calibration_errors(rows, bins=10) -> pd.DataFrame:
                  "accuracy": stats.wilson(right.sum(), len(right))}
         out += [{"labels": name, "measure": m, "estimate": e.estimate, "ci_low": e.low,
                  "ci_high": e.high, "n": e.n} for m, e in found.items()]
-    return pd.DataFrame(out)
+    names = ["labels", "measure", "estimate", "ci_low", "ci_high", "n"]
+    return pd.DataFrame(out, columns=names)
 
 
 def pm_agreement(scorers, tests) -> pd.DataFrame:
     """Which comparisons PMs get right: one row per PM and comparison.
 
     scorers: {name: preference.Scorer}; tests: {name: comparison rows}. -> columns labels (the PM),
-    test, id (the prompt), right (1, 0, or 1/2 for equal scores).
+    test, id (the prompt), right (1, 0, or 1/2 for equal scores). ValueError, naming PM and row,
+    for a score that is not finite.
     """
-    tables = []
+    tables = [pd.DataFrame(columns=["labels", "test", "id", "right"])]
     for name, scorer in scorers.items():
         for test, rows in tests.items():
             ids = [dialogue.transcript(row["prompt"]) for row in rows]
             both = [row["prompt"] + row[k] for k in ("chosen", "rejected") for row in rows]
-            better, worse = scorer.score(both).reshape(2, -1)
+            scores = finite(scorer.score(both), f"scores of the PM {name!r} on {test}", ids * 2)
+            better, worse = scores.reshape(2, -1)
             tables.append(pd.DataFrame({
                 "labels": name, "test": test, "id": ids,
                 "right": 0.5 + 0.5 * np.sign(better - worse)}))
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
 def evaluate(scorer, rows, bins=10, seed=0):
@@ -123,7 +130,7 @@ def evaluate(scorer, rows, bins=10, seed=0):
     """
     rows = check(rows, on_bad="skip")
     both = [r["prompt"] + r[side] for side in ("chosen", "rejected") for r in rows]
-    scores = scorer.score(both).reshape(2, -1)
+    scores = finite(scorer.score(both), "scores of the PM").reshape(2, -1)
     d = scores[0] - scores[1]
     p = np.array([r["p_chosen"] for r in rows])
     agreement = 0.5 + 0.5 * np.sign(d) * np.sign(p - 0.5)

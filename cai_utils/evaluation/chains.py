@@ -6,7 +6,7 @@ import pandas as pd
 
 from cai_utils import dialogue
 from cai_utils.evaluation.escape import cell
-from cai_utils.evaluation.tables import summarize
+from cai_utils.evaluation.tables import finite, summarize
 
 
 def true_verdict(judge, prompt, text, harm_weight=2.0) -> dict:
@@ -27,7 +27,7 @@ def chains_long(chains, judge=None, retained=None, scorers=None) -> pd.DataFrame
     Columns: id, revision, text:words, text:changed (it differs from the response before it); with a
     `judge` those of `true_verdict`; with `retained` truth:retained, the fraction of the initial
     response's harmless content that is still there; for each axis of `scorers` ({axis: Scorer})
-    "PM:<axis>".
+    "PM:<axis>". ValueError, naming column and row, for a verdict or score that is not finite.
     """
     rows = [
         {"id": chain["id"], "revision": k, "text:words": len(text.split()),
@@ -37,24 +37,28 @@ def chains_long(chains, judge=None, retained=None, scorers=None) -> pd.DataFrame
             if retained else {})}
         for chain in chains for k, text in enumerate(chain["responses"])
     ]
-    long = pd.DataFrame(rows)
+    long = pd.DataFrame(rows, columns=None if rows else ["id", "revision"])
     conversations = [dialogue.with_response(c["prompt"], text) for c in chains
                      for text in c["responses"]]
     for axis, scorer in (scorers or {}).items():
         long[f"PM:{axis}"] = scorer.score(conversations)
+    for column in long:  # nothing may be left: retained is None
+        if column.startswith(("PM:", "truth:")) and column != "truth:retained":
+            finite(long[column], column, long["id"])
     return long
 
 
 def by_revision(long, columns, by=("size", "parameters", "revision")) -> pd.DataFrame:
     """Means of "<measured_by>:<axis>" columns -> by, measured_by, axis, estimate, ci_low, ..."""
-    tables = []
+    names = [*by, "measured_by", "axis", "estimate", "ci_low", "ci_high", "n"]
+    tables = [pd.DataFrame(columns=names)]
     for column in columns:
         measured_by, axis = column.split(":")
         table = summarize(long, by, column)
         table.insert(len(by), "axis", axis)
         table.insert(len(by), "measured_by", measured_by)
         tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
 def chains_markdown(chains, title, judge=None, intro="") -> str:

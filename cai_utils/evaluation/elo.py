@@ -142,9 +142,11 @@ def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01):
     ridge: a Gaussian prior of precision `ridge` on each log-odds score. Without it a model that
     always wins would have an infinite score; with it the score is finite, and for models that win
     and lose it changes next to nothing (a prior spread of 10 log-odds, 1737 Elo). Where some models
-    beat others in all their games, how far apart they are is set by the ridge alone: a warning says
-    so, and the interval is widened to the gap at which, with 2.5 % probability, none of as many
-    prompts would have gone the other way.
+    beat others in all their games, maximum likelihood has no finite estimate, and how far they are
+    apart is set by the ridge alone: a warning says so, the interval is widened to the gap at which,
+    with 2.5 % probability, none of as many prompts would have gone the other way, and the table has
+    a column `finite`, False for every model whose difference to the anchor (without one: any
+    difference) maximum likelihood puts at infinity.
 
     Raises ValueError for no games, several axes, an unknown anchor, or models that cannot be
     compared because no chain of games connects them.
@@ -177,6 +179,8 @@ def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01):
         low, high = stats.interval(np.concatenate(draws), n_prompts)
     else:
         low = high = np.full(m, np.nan)
+    games = np.bincount(edges.ravel(), np.repeat(total, 2), minlength=m).astype(int)
+    table = pd.DataFrame({"model": models, "elo": elo, "ci_low": low, "ci_high": high, "n": games})
     _, rank = connected_components(beats > 0, directed=True, connection="strong")
     one_sided = rank[edges[:, 0]] != rank[edges[:, 1]]
     if one_sided.any():
@@ -187,9 +191,9 @@ def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01):
         unseen = min(0.5, NONE_SEEN / n_prompts)
         near = np.where(total_won > 0, total * (1 - unseen), total * unseen)
         near = scores(np.where(one_sided, near, total_won)[None], total[None])[0]
-        low, high = np.minimum(low, near), np.maximum(high, near)
-    games = np.bincount(edges.ravel(), np.repeat(total, 2), minlength=m).astype(int)
-    return pd.DataFrame({"model": models, "elo": elo, "ci_low": low, "ci_high": high, "n": games})
+        table["ci_low"], table["ci_high"] = np.minimum(low, near), np.maximum(high, near)
+        table["finite"] = anchor is not None and rank == rank[models.index(anchor)]
+    return table
 
 
 def pm_compare(scorers):
@@ -208,7 +212,7 @@ def pm_compare(scorers):
             if key not in known:
                 known[key] = float(loaded[axis].score([conversation])[0])
         gap = known[axis, dialogue.transcript(a)] - known[axis, dialogue.transcript(b)]
-        return 1 / (1 + math.exp(-gap))
+        return 1 / (1 + math.exp(min(-gap, 700)))  # exp(710) is no float
 
     return compare
 
@@ -240,11 +244,14 @@ def elo_table(samples, compare, axis, kinds, panel, anchor=None, n_boot=500, see
     """Elo scores of every (model, size, step) in the samples on one axis, from games on prompts of
     these kinds.
 
-    -> columns model, method (its name), size, step, axis, estimate, ci_low, ci_high, n (games);
-    0 is the `anchor`'s score (None: the mean), and intervals are those of the difference to it.
-    Raises ValueError as `tournament` and `fit`.
+    -> columns model, method (its name), size, step, axis, estimate, ci_low, ci_high, n (games), and
+    `finite` where `fit` has it; 0 is the `anchor`'s score (None: the mean), and intervals are those
+    of the difference to it. Raises ValueError as `tournament` and `fit`, and for one player.
     """
     games = players(samples, kinds)
+    if len(games) < 2:
+        raise ValueError(f"Elo on {axis}: {len(games)} player with samples on {', '.join(kinds)} "
+                         "prompts: add a second model, size or step to compare with")
 
     def ask(a, b, axis, rng):  # judges take Python's generator, tournaments have numpy's
         return compare(a, b, axis, random.Random(int(rng.integers(2**63))))
@@ -255,14 +262,15 @@ def elo_table(samples, compare, axis, kinds, panel, anchor=None, n_boot=500, see
     scores = fit(outcomes, anchor=anchor, n_boot=n_boot, seed=seed)
     parts = pd.DataFrame(list(scores["model"]), columns=["model", "size", "step"])
     return parts.assign(
-        method=[registry.label(m) for m in parts["model"]], axis=axis, estimate=scores["elo"],
-        ci_low=scores["ci_low"], ci_high=scores["ci_high"], n=scores["n"],
+        method=[registry.label(m) for m in parts["model"]], axis=axis,
+        **scores.drop(columns="model").rename(columns={"elo": "estimate"}),
     )
 
 
 def frontier(table) -> pd.DataFrame:
     """Both axes of `elo_table` side by side, as in Figure 2: columns method, size, step, for each
-    axis its estimate (named like the axis), _low, _high and _games, and n, the smaller _games."""
+    axis its estimate (named like the axis), _low, _high and _games, and n, the smaller _games;
+    `finite` where the table has it, False if it is on either axis."""
     keys = ["method", "size", "step"]
     sides = []
     for axis in ("helpfulness", "harmlessness"):
@@ -270,4 +278,7 @@ def frontier(table) -> pd.DataFrame:
         sides.append(part[["estimate", "ci_low", "ci_high", "n"]].set_axis(
             [axis, f"{axis}_low", f"{axis}_high", f"{axis}_games"], axis=1))
     both = sides[0].join(sides[1], how="inner").reset_index()
+    if "finite" in table:
+        infinite = table[table["finite"].eq(False)].set_index(keys).index
+        both["finite"] = ~both.set_index(keys).index.isin(infinite)
     return both.assign(n=both[["helpfulness_games", "harmlessness_games"]].min(axis=1))

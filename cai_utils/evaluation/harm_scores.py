@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cai_utils.evaluation import stats
+from cai_utils.evaluation.tables import finite
 from cai_utils.harmfulness import check
 
 
@@ -15,7 +16,7 @@ def evaluate(scorer, rows, seed=0):
     "correlation": Pearson's, nan where one side does not vary, "n"}.
     """
     rows = check(rows)
-    predicted = scorer.score([r["messages"] for r in rows])
+    predicted = finite(scorer.score([r["messages"] for r in rows]), "scores of the model")
     truth = np.array([r["score"] for r in rows], float)
     error, low, high, n = stats.bootstrap_mean(np.abs(predicted - truth), seed=seed)
     vary = predicted.std() > 0 and truth.std() > 0

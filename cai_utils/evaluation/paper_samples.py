@@ -11,7 +11,7 @@ import pandas as pd
 from cai_utils import dialogue, feedback
 from cai_utils.evaluation import chains, refusal_rule, stats
 from cai_utils.evaluation.escape import cell
-from cai_utils.evaluation.tables import summarize
+from cai_utils.evaluation.tables import finite, summarize
 from cai_utils.experiment import registry
 
 
@@ -21,6 +21,7 @@ def measured(samples, scorers=None, judge=None) -> list[dict]:
     Fields: id, kind, model, method (its name in figures), size, rank_in_file, words; evasive (0 or
     1, `refusal_rule.is_evasive`); with `scorers` ({axis: Scorer}) "PM:<axis>"; with a `judge` (a
     conversation -> {"harm", "helpfulness", ...}) "judge:<measure>" for each number that it returns.
+    ValueError, naming measure and row, for a score or verdict that is not finite.
     """
     keep = ("id", "kind", "model", "size", "rank_in_file")
     conversations = [dialogue.with_response(s["prompt"], s["response"]) for s in samples]
@@ -37,6 +38,9 @@ def measured(samples, scorers=None, judge=None) -> list[dict]:
     for axis, scorer in (scorers or {}).items():
         for row, score in zip(rows, scorer.score(conversations), strict=True):
             row[f"PM:{axis}"] = float(score)
+    for name in {k: None for row in rows for k in row if k.startswith(("PM:", "judge:"))}:
+        found = [row for row in rows if name in row]
+        finite([row[name] for row in found], name, [row["id"] for row in found])
     return rows
 
 
@@ -62,13 +66,13 @@ def agreement_with_files(long, axis) -> pd.DataFrame:
     """Does the user's PM rank a model's answers to one prompt as that model's own PM did?
 
     Mean over prompts of Spearman's correlation between "PM:<axis>" and the rank in the file, signed
-    so that 1 is the same order. Prompts with fewer than 3 answers, or with all scores alike, are
-    left out. Columns: kind, model, method, estimate, ci_low, ci_high, n.
+    so that 1 is the same order. Prompts with fewer than 3 answers, or with all scores or all ranks
+    alike, are left out. Columns: kind, model, method, estimate, ci_low, ci_high, n.
     """
     rows = []
     by = ["kind", "model", "method", "id"]
     for (kind, model, method, id_), d in long.groupby(by, sort=False):
-        if len(d) > 2 and d[f"PM:{axis}"].nunique() > 1:
+        if len(d) > 2 and min(d[f"PM:{axis}"].nunique(), d["rank_in_file"].nunique()) > 1:
             rho = d[f"PM:{axis}"].corr(-d["rank_in_file"], method="spearman")
             rows.append({"kind": kind, "model": model, "method": method, "id": id_, "rho": rho})
     return summarize(pd.DataFrame(rows, columns=[*by, "rho"]), by[:3], "rho")

@@ -98,7 +98,8 @@ class Reader:
 def fit(x, labels, penalty=PENALTY) -> Softmax:
     """Softmax regression of `labels` (N,), each of LABELS, on features x (N, d), standardised.
 
-    ValueError for an unknown label, another number of labels than rows, or no rows.
+    ValueError for an unknown label, another number of labels than rows, no rows, or features that
+    are not finite.
     """
     x, unknown = np.asarray(x, dtype=float), sorted(set(labels) - set(LABELS))
     if unknown:
@@ -106,6 +107,9 @@ def fit(x, labels, penalty=PENALTY) -> Softmax:
     if x.ndim != 2 or len(x) != len(labels) or not len(x):
         raise ValueError(f"features of shape {x.shape} and {len(labels)} labels: give a row for "
                          "every label, and at least one")
+    if not np.isfinite(x).all():
+        raise ValueError(f"features: row {np.argmin(np.isfinite(x).all(1))} is not finite: the "
+                         "reader's weights are damaged; fetch the model again")
     mean, scale = x.mean(0), x.std(0) + 1e-6
     z, k = (x - mean) / scale, len(LABELS)
     y = np.eye(k)[[LABELS.index(label) for label in labels]]

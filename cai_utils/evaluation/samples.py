@@ -12,7 +12,7 @@ import pandas as pd
 from cai_utils import dialogue
 from cai_utils.evaluation import refusal_rule
 from cai_utils.evaluation.escape import visible
-from cai_utils.evaluation.tables import differences, summarize
+from cai_utils.evaluation.tables import differences, finite, number, summarize
 from cai_utils.experiment import registry
 from cai_utils.experiment.registry import MEASURES, PANELS
 
@@ -37,13 +37,16 @@ def judged(samples, judge) -> pd.DataFrame:
     """Samples with the judge's verdicts.
 
     Columns: id, kind, model, size, step, response, and one per measure (`registry.MEASURES`).
+    ValueError, naming measure and row, for a verdict that is not finite.
     """
-    rows = []
+    keep, rows = ("id", "kind", "model", "size", "step", "response"), []
     for s in samples:
         verdict = judge(dialogue.with_response(s["prompt"], s["response"]))
-        rows.append({**{k: s[k] for k in ("id", "kind", "model", "size", "step", "response")},
-                     **{m: float(verdict[m]) for m in MEASURES}})
-    return pd.DataFrame(rows)
+        rows.append({**{k: s[k] for k in keep}, **{m: float(verdict[m]) for m in MEASURES}})
+    frame = pd.DataFrame(rows, columns=[*keep, *MEASURES])
+    for measure in MEASURES:
+        finite(frame[measure], f"{measure} by the judge", frame["id"])
+    return frame
 
 
 def truth_table(frame, by=("model", "size", "step")) -> pd.DataFrame:
@@ -82,7 +85,7 @@ def compared(frame, pairs, column="model", by=("size",), shown=PANELS) -> pd.Dat
 def wide(table, index=("model", "size", "step")) -> pd.DataFrame:
     """A `truth_table` laid out for reading: a row per model, a column per kind and measure."""
     text = table.assign(
-        cell=[f"{r.estimate:.2f} [{r.ci_low:.2f}, {r.ci_high:.2f}]" for r in table.itertuples()],
+        cell=[number(row) for row in table.to_dict("records")],
         column=table["kind"] + ", " + table["measure"],
     )
     columns = sorted(set(text["column"]), key=list(text["column"]).index)
@@ -95,13 +98,14 @@ def scored(samples, scorers) -> pd.DataFrame:
     """Samples measured without a ground truth.
 
     Columns: id, kind, model, size, step; "PM:<axis>" for each of scorers ({axis:
-    preference.Scorer}); "text:evasive" (`refusal_rule.is_evasive`); "text:words".
+    preference.Scorer}); "text:evasive" (`refusal_rule.is_evasive`); "text:words". ValueError,
+    naming PM and row, for a score that is not finite.
     """
     keep = ("id", "kind", "model", "size", "step")
     conversations = [dialogue.with_response(s["prompt"], s["response"]) for s in samples]
-    frame = pd.DataFrame([{k: s[k] for k in keep} for s in samples])
+    frame = pd.DataFrame([{k: s[k] for k in keep} for s in samples], columns=keep)
     for axis, scorer in scorers.items():
-        frame[f"PM:{axis}"] = scorer.score(conversations)
+        frame[f"PM:{axis}"] = finite(scorer.score(conversations), f"PM:{axis}", frame["id"])
     frame["text:evasive"] = [int(refusal_rule.is_evasive(s["response"])) for s in samples]
     frame["text:words"] = [len(s["response"].split()) for s in samples]
     return frame

@@ -23,8 +23,8 @@ def finite(values, what: str, ids: Iterable | None = None) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         row = f"row {bad[0]}" if ids is None else f"row {bad[0]} (id {list(ids)[bad[0]]})"
-        raise ValueError(f"{what}: {len(bad)} of {len(values)} numbers are not finite, the first in "
-                         f"{row}: {values[bad[0]]}; correct what measures them")
+        raise ValueError(f"{what}: {len(bad)} of {len(values)} numbers are not finite, the first "
+                         f"in {row}: {values[bad[0]]}; correct what measures them")
     return values
 
 

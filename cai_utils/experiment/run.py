@@ -307,7 +307,17 @@ def start(notebook: str, namespace) -> Run:
     check_sizes(root, params, f"{notebook}: ")
     if "__name__" in namespace:  # numbers that papermill has left as text
         namespace.update(params)
+        _show_text_as_it_is()
     return Run(notebook, params)
+
+
+def _show_text_as_it_is() -> None:
+    """DataFrames in cells show no formula between two dollars, and styled ones no markup."""
+    import pandas
+
+    for option in ("display.html.use_mathjax", "styler.html.mathjax"):
+        pandas.set_option(option, False)
+    pandas.set_option("styler.format.escape", "html")
 
 
 def _start_wandb(run: Run):

@@ -30,7 +30,8 @@ def entries(tables) -> dict[str, dict]:
     for path in sorted(Path(tables).glob("rl_scores_*.csv")):
         run = path.stem.removeprefix("rl_scores_")
         if f"rl_{run}" in there:
-            found[f"rl_{run}"] = {"title": f"RL: {cell(run)}", "tables": {path.stem: CLAIMS["rl_scores"]}}
+            found[f"rl_{run}"] = {
+                "title": f"RL: {cell(run)}", "tables": {path.stem: CLAIMS["rl_scores"]}}
     return found
 
 

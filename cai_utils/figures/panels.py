@@ -86,7 +86,8 @@ def nothing(why):
     """A figure that says why there is nothing to draw, in one sentence."""
     fig, axes = grid(1, 1, height=0.6)
     axes[0, 0].set_axis_off()
-    axes[0, 0].text(0.5, 0.5, textwrap.fill(f"Nothing to draw. {why}", 60), ha="center", va="center")
+    axes[0, 0].text(0.5, 0.5, textwrap.fill(f"Nothing to draw. {why}", 60), ha="center",
+                    va="center")
     return fig
 
 

@@ -25,6 +25,16 @@ RL_AXES = {"objective/scores": "PM score", "objective/kl": "KL to the start (nat
 EPISODES = "RL training sequences"
 
 
+def _elo_note(df, note):
+    """The note, with the names of those without a finite maximum-likelihood score (`elo.fit`)."""
+    if "finite" not in df or not df["finite"].eq(False).any():
+        return note
+    rows = df[df["finite"].eq(False)]
+    names = dict.fromkeys(f"{m} ({size})" for m, size in zip(rows["method"], rows["size"]))
+    return (f"{note}; no finite maximum-likelihood score (they, or others, won all their games), "
+            f"shown is the regularised one: {', '.join(names)}")
+
+
 @style.figure
 def fig02_elo_frontier(df, note="crosses: 95 % bootstrap intervals over prompts; "
                                 "lines: checkpoints of RL, the last one large"):
@@ -53,7 +63,7 @@ def fig02_elo_frontier(df, note="crosses: 95 % bootstrap intervals over prompts;
     for ax, size in zip(axes[0], sizes.values()):
         ax.set(xlabel=ELO_AXES["helpfulness"], title=size[3] if len(sizes) > 1 else None)
     axes[0, 0].set_ylabel(ELO_AXES["harmlessness"])
-    panels.legend(fig, axes, note)
+    panels.legend(fig, axes, _elo_note(df, note))
     return fig
 
 
@@ -68,7 +78,7 @@ def fig03_elo_scaling(df, note=style.BARS):
         if (df["axis"] == label).any():
             panels.by_size(ax, df[df["axis"] == label], "method")
         ax.set(xlabel="Parameters", ylabel=label)
-    panels.legend(fig, axes, note)
+    panels.legend(fig, axes, _elo_note(df, note))
     return fig
 
 
@@ -185,7 +195,7 @@ def fig08_elo_training(df, note=style.BARS):
             d = df[(df["axis"] == label) & (df["method"] == method) & (df["size"] == size)]
             panels.line(ax, d, "step", *look, panels.dodge(i, len(runs), span))
         ax.set(xlabel=EPISODES, ylabel=label)
-    panels.legend(fig, axes, note)
+    panels.legend(fig, axes, _elo_note(df, note))
     return fig
 
 

@@ -67,6 +67,9 @@ def on_top(name):
         logging.getLogger("matplotlib").removeHandler(handler)
     if faults:
         raise ValueError(f"{name}: {faults[0]}")
+    if rc.get("text.usetex"):
+        raise ValueError(f"{name}: remove text.usetex; labels are plain text, and TeX would read "
+                         "marks in them as commands")
     _user.update({key: rc[key] for key in rc if key != "backend"})
     try:
         yield dict(_user)

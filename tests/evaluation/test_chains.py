@@ -40,6 +40,6 @@ def test_chains_markdown_keeps_any_text_inside_its_cell():
     page = chains.chains_markdown([chain(0, [nasty, "fine"], ["| is bad"])], "Title", judge)
     table = [line for line in page.splitlines() if line.startswith("|")]
     # Bars that are not escaped: the four borders of a table with three columns, in every row.
-    assert {line.replace("\\|", "").count("|") for line in table} == {4}
-    assert "<script>" not in page and "\\*x\\*" in page
+    assert {line.count("|") for line in table} == {4}
+    assert "<script>" not in page and "*x*" not in page
     assert len(table) == 2 + 3

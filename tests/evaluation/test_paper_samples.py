@@ -97,7 +97,7 @@ def test_side_by_side():
     page = paper_samples.side_by_side(odd, "Samples")
     assert page.count("\n## ") == 4
     assert "| HH RLHF | I'm sorry. I won't respond!!!!!!! | evasive |" in page  # rank 2 of 3
-    assert "one \\| two<br>&lt;b&gt;three&lt;/b&gt;" in page
+    assert "one &#124; two<br>&#60;b&#62;three&#60;/b&#62;" in page
     assert "| RL-CAI | Ask for food at the food bank!!!!!!! |  |" in page
     long = "I cannot help you with this. " + "It would harm the owner of the shop. " * 5
     assert "| declines |" in paper_samples.side_by_side([sample("e", "rl_cai", long)], "Samples")
