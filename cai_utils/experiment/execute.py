@@ -10,7 +10,6 @@ from pathlib import Path
 
 from cai_utils.experiment.files import PACKAGE, file_name, finite, write_json
 
-
 FOLDERS = ("data", "models", "results", "figures", "wandb", "executed")  # of a run
 
 
@@ -30,7 +29,7 @@ class _Prefixed(io.TextIOBase):
 def check_name(name: str) -> str:
     """The name of a run; ValueError where its notebook cannot be called so."""
     if str(name).endswith((".running", ".failed")):
-        raise ValueError(f"the name {name!r} of a run ends as those of unfinished ones; give another")
+        raise ValueError(f"a run called {name!r} would pass for an unfinished one: give another name")
     return file_name(name, "the name of a run,")
 
 
