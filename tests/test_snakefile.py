@@ -36,6 +36,8 @@ GRID = "grid:\n  methods: [helpful_rlhf, rl_cai]\n  sizes: [xs, s]\n"
 RL = [f"09_rl-{method}-{size}" for method in ("helpful_rlhf", "rl_cai") for size in ("xs", "s")]
 ALL = sorted([*(name for name in NOTEBOOKS if name != "09_rl"), *RL])
 
+HARM = "$(touch harm) `touch harm` '; touch harm; ' \"; touch harm; \" & touch harm #"
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
@@ -76,7 +78,7 @@ def lab(tmp_path_factory):
     # One whose grid would do harm in a shell that reads it.
     (root / "params" / "shell").mkdir()
     (root / "params" / "shell" / "06_critique_ablation.yaml").write_text(
-        "grid: {ns: [\"$(touch harm)\", \"a 'b' \\\"c\\\"\", \"1e5\"]}\n"
+        f"grid: {{ns: [{json.dumps(HARM)}, \"1e5\"]}}\n"
     )
     return root
 
@@ -248,7 +250,7 @@ def test_values_are_no_shell_code(lab):
     assert not list(lab.rglob("harm"))
     stamps = (lab / "runs" / "shell" / "executed").glob("*.stamp.json")
     values = {json.loads(path.read_text())["params"]["n"] for path in stamps}
-    assert values == {"$(touch harm)", "a 'b' \"c\"", "1e5"}
+    assert values == {HARM, "1e5"}
 
 
 def test_mistakes_are_one_clear_error(lab):
@@ -263,10 +265,14 @@ def test_mistakes_are_one_clear_error(lab):
     assert code != 0
     assert "55_unheard_of" in output and "NEEDS of the Snakefile" in output
     grid = lab / "params" / "real" / "03_critique_revision.yaml"
-    for points in ("xs", "[a/../b]", "['{input}']", "[]"):
-        grid.write_text(f"grid: {{sizes: {points}}}\n")
+    for points, words in {
+        "{sizes: xs}": "give a list of values", "{sizes: [a/../b]}": "give a list of values",
+        "{sizes: ['{input}']}": "give a list of values", "{sizes: []}": "give a list of values",
+        "3": "grid is 3", "{sizes: [xs, xs]}": "03_critique_revision-xs is there twice",
+    }.items():
+        grid.write_text(f"grid: {points}\n")
         code, output = snakemake(lab, profile="real")
-        assert code != 0 and "give a list of values" in output, output
+        assert code != 0 and words in output and "Traceback" not in output, output
     grid.write_text("")
 
 

@@ -29,7 +29,7 @@ class _Prefixed(io.TextIOBase):
 def check_name(name: str) -> str:
     """The name of a run; ValueError where its notebook cannot be called so."""
     if str(name).endswith((".running", ".failed")):
-        raise ValueError(f"a run called {name!r} would pass for an unfinished one: give another name")
+        raise ValueError(f"a run called {name!r} would pass for an unfinished one: rename it")
     return file_name(name, "the name of a run,")
 
 
