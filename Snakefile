@@ -8,6 +8,7 @@
 # it uses or an upstream run is newer; `run --if-changed` then compares contents, and runs it only if
 # something that decides its results has changed. One batch at a time works on a profile, and a killed
 # one is in nobody's way (experiment/locks.py).
+import atexit
 import contextlib
 import itertools
 import os
@@ -53,6 +54,7 @@ locks.end_with_parent()
 os.environ[locks.PARENT] = str(os.getpid())
 # Ours (onstart, below) takes the place of Snakemake's own lock, which stays behind after a kill.
 LOCK = contextlib.ExitStack()
+atexit.register(LOCK.close)
 shutil.rmtree(Path(".snakemake") / "locks", ignore_errors=True)
 
 
@@ -176,7 +178,8 @@ for NOTEBOOK, NAME, POINT in RUNS:
         message:
             f"{NAME}"
         params:
-            command=arguments(NOTEBOOK, NAME, POINT),
+            # From a function: in plain text, braces (of the clone's path) would be wildcards.
+            command=lambda wildcards, line=arguments(NOTEBOOK, NAME, POINT): line,
         shell:
             # Snakemake gives each job OMP_NUM_THREADS={threads}. Quoted, as values may be any text;
             # in place of the shell, so that it is this process's child.
