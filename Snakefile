@@ -67,6 +67,8 @@ def runs_of(notebook):
 
 try:
     PROFILE = check_profile(ROOT, str(config.get("profile", "miniature")))
+    if not (ROOT / "runs" / PROFILE).is_dir():  # before Snakemake looks for files in it
+        check_folder(ROOT / "runs" / PROFILE)
     FILES = {p.stem: p for p in sorted((ROOT / "params" / PROFILE).glob("[0-9]*.yaml"))}
     GRIDS = {name: grid_of(ROOT, PROFILE, name) for name in FILES}
     for name, grid in GRIDS.items():

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 from cai_utils import __main__, critique, experiment
-from cai_utils.experiment import files, fingerprint, params, provenance, registry
+from cai_utils.experiment import files, fingerprint, locks, params, provenance, registry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -655,6 +655,18 @@ def test_folders_that_cannot_be_written_are_found_before_work_starts(lab, monkey
     assert refusal(*call) == (f"error: {lab}/runs/mini/results is read-only, and a run writes "
                               "there: make it writable")
     monkeypatch.undo()
+
+
+def test_one_run_at_a_time_whatever_it_is_called(lab, monkeypatch):
+    monkeypatch.setattr(locks, "WAIT", 0.1)
+    write(lab / "params" / "mini" / "04_revisions.yaml", "grid: {sizes: [xs, s]}\n")
+    call = ("run", "04_revisions", "--profile", "mini", "--name=other")
+    with locks.held(lab / "runs" / "mini", ["04_revisions-s"], ""):  # as the batch does
+        assert refusal(*call, "size=s") == (
+            f"error: 04_revisions-s runs already in {lab}/runs/mini, as process {os.getpid()}: "
+            "wait for it, or stop it")
+        monkeypatch.setattr(__main__, "execute", lambda *_: sys.exit("it starts"))
+        assert refusal(*call, "size=xs") == "it starts"
 
 
 @pytest.mark.parametrize("error, said", [
