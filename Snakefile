@@ -8,6 +8,7 @@
 # it uses or an upstream run is newer; `run --if-changed` then compares contents, and runs it only if
 # something that decides its results has changed. One batch at a time works on a profile, and a killed
 # one is in nobody's way (experiment/locks.py).
+import atexit
 import contextlib
 import itertools
 import os
@@ -53,6 +54,7 @@ locks.end_with_parent()
 os.environ[locks.PARENT] = str(os.getpid())
 # Ours (onstart, below) takes the place of Snakemake's own lock, which stays behind after a kill.
 LOCK = contextlib.ExitStack()
+atexit.register(LOCK.close)
 shutil.rmtree(Path(".snakemake") / "locks", ignore_errors=True)
 
 
@@ -65,6 +67,8 @@ def runs_of(notebook):
 
 try:
     PROFILE = check_profile(ROOT, str(config.get("profile", "miniature")))
+    if not (ROOT / "runs" / PROFILE).is_dir():  # before Snakemake looks for files in it
+        check_folder(ROOT / "runs" / PROFILE)
     FILES = {p.stem: p for p in sorted((ROOT / "params" / PROFILE).glob("[0-9]*.yaml"))}
     GRIDS = {name: grid_of(ROOT, PROFILE, name) for name in FILES}
     for name, grid in GRIDS.items():
@@ -176,7 +180,8 @@ for NOTEBOOK, NAME, POINT in RUNS:
         message:
             f"{NAME}"
         params:
-            command=arguments(NOTEBOOK, NAME, POINT),
+            # From a function: in plain text, braces (of the clone's path) would be wildcards.
+            command=lambda wildcards, line=arguments(NOTEBOOK, NAME, POINT): line,
         shell:
             # Snakemake gives each job OMP_NUM_THREADS={threads}. Quoted, as values may be any text;
             # in place of the shell, so that it is this process's child.

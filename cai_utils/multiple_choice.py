@@ -288,30 +288,6 @@ def _with_chains(sampler, asked, chains, end):
     return texts
 
 
-<<<<<<< HEAD
-=======
-def _choice_probs(sampler, texts, choices, progress):
-    """(N, C) probabilities. Questions are scored in groups with the same number of options; the
-    columns that a question lacks hold zeros."""
-    if not isinstance(choices[0], list):
-        choices = [list(choices)] * len(texts)
-    counts = [len(c) for c in choices]
-    probs = np.zeros((len(texts), max(counts)))
-    for count in sorted(set(counts)):
-        rows = [i for i, c in enumerate(counts) if c == count]
-        logprobs = sampler.choice_logprobs(
-            [texts[i] for i in rows], [choices[i] for i in rows], progress=progress
-        )
-        probs[rows, :count] = np.exp(np.asarray(logprobs, dtype=float))
-    bad = np.flatnonzero(~np.isfinite(probs).all(axis=1))
-    if len(bad):  # 0/0: no option has a probability
-        raise ValueError(f"the model gives no probability to any option of {len(bad)} of "
-                         f"{len(texts)} texts, text {bad[0]} first: its weights are damaged, "
-                         "or its server says nothing of the options")
-    return probs
-
-
->>>>>>> i16-F
 def answer(
     sampler, questions, *, cot=False, n_samples=1, both_orders=False, random_order=False,
     few_shot="", forms=None, seed=0, temperature=1.0, max_new_tokens=256, stop=(), progress=None,

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from cai_utils.dialogue import TEMPLATE, render
 from cai_utils.experiment.files import read_json, read_rows, write_json, write_rows
+from cai_utils.experiment.kinds import check_name
 from cai_utils.lm import models, tokens
 from scripts import cards
 
@@ -50,7 +51,7 @@ def save_for_hub(source, out_dir, *, name=None, license=None, language=None,
     `results/` or paths of CSVs. limits: sentences for the card's section of that name. Returns
     `out_dir`.
     FileNotFoundError: no such source or table; ValueError: a folder that is no model, files without
-    rows or of one name, an `out_dir` that is not empty.
+    rows or of one name, splits that cannot be names of files, an `out_dir` that is not empty.
     """
     sources = [Path(s) for s in ([source] if isinstance(source, str | Path) else source)]
     out_dir = Path(out_dir)
@@ -210,6 +211,7 @@ def _rows(files, out, *, name, license, language, tables, limits):
         raise ValueError(f"several files are called {twice[0]!r}: rename them, or one would take "
                          "the other's place")
     for file, stem in zip(files, stems, strict=True):
+        check_name(stem, f"{file}: the name")
         rows = read_rows(file)
         if not rows:
             raise ValueError(f"{file}: the file has no rows")
@@ -217,7 +219,8 @@ def _rows(files, out, *, name, license, language, tables, limits):
         run_dir = run_dir or _run_of(file)
         record = cards.without_paths(record, run_dir)
         records.append(record)
-        splits = Counter(row.get("split") or "train" for row in rows)
+        splits = Counter(check_name(row.get("split") or "train", f"{file}, row {number}: split")
+                         for number, row in enumerate(rows, 1))
         for split in splits:
             write_rows(out / "data" / stem / f"{split}.jsonl",
                        [row for row in rows if (row.get("split") or "train") == split])

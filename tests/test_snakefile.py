@@ -36,6 +36,8 @@ GRID = "grid:\n  methods: [helpful_rlhf, rl_cai]\n  sizes: [xs, s]\n"
 RL = [f"09_rl-{method}-{size}" for method in ("helpful_rlhf", "rl_cai") for size in ("xs", "s")]
 ALL = sorted([*(name for name in NOTEBOOKS if name != "09_rl"), *RL])
 
+HARM = "$(touch harm) `touch harm` '; touch harm; ' \"; touch harm; \" & touch harm #"
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
@@ -76,7 +78,7 @@ def lab(tmp_path_factory):
     # One whose grid would do harm in a shell that reads it.
     (root / "params" / "shell").mkdir()
     (root / "params" / "shell" / "06_critique_ablation.yaml").write_text(
-        "grid: {ns: [\"$(touch harm)\", \"a 'b' \\\"c\\\"\", \"1e5\"]}\n"
+        f"grid: {{ns: [{json.dumps(HARM)}, \"1e5\"]}}\n"
     )
     return root
 
@@ -248,7 +250,7 @@ def test_values_are_no_shell_code(lab):
     assert not list(lab.rglob("harm"))
     stamps = (lab / "runs" / "shell" / "executed").glob("*.stamp.json")
     values = {json.loads(path.read_text())["params"]["n"] for path in stamps}
-    assert values == {"$(touch harm)", "a 'b' \"c\"", "1e5"}
+    assert values == {HARM, "1e5"}
 
 
 def test_mistakes_are_one_clear_error(lab):
@@ -263,11 +265,23 @@ def test_mistakes_are_one_clear_error(lab):
     assert code != 0
     assert "55_unheard_of" in output and "NEEDS of the Snakefile" in output
     grid = lab / "params" / "real" / "03_critique_revision.yaml"
-    for points in ("xs", "[a/../b]", "['{input}']", "[]"):
-        grid.write_text(f"grid: {{sizes: {points}}}\n")
+    for points, words in {
+        "{sizes: xs}": "give a list of values", "{sizes: [a/../b]}": "give a list of values",
+        "{sizes: ['{input}']}": "give a list of values", "{sizes: []}": "give a list of values",
+        "3": "grid is 3", "{sizes: [xs, xs]}": "03_critique_revision-xs is there twice",
+    }.items():
+        grid.write_text(f"grid: {points}\n")
         code, output = snakemake(lab, profile="real")
-        assert code != 0 and "give a list of values" in output, output
+        assert code != 0 and words in output and "Traceback" not in output, output
     grid.write_text("")
+    (lab / "runs").mkdir(exist_ok=True)
+    (lab / "runs").rename(lab / "away")
+    (lab / "runs").touch()
+    code, output = snakemake(lab, profile="real")
+    (lab / "runs").unlink()
+    (lab / "away").rename(lab / "runs")
+    assert code != 0 and f"{lab}/runs is a file where a run needs a folder" in output, output
+    assert "Traceback" not in output
 
 
 def test_the_repository_itself_has_a_plan_for_each_of_its_profiles():
@@ -309,7 +323,7 @@ def writers(lab, more_than=0):
 
 
 def test_a_kill_of_any_process_leaves_nothing_behind_and_nothing_in_the_way(lab, tmp_path):
-    """make, snakemake and the run, killed one by one with the same command again at
+    """make and snakemake, killed alone one after the other with the same command again at
     once; two at the same time are one too many."""
     import psutil
 
@@ -334,7 +348,7 @@ def test_a_kill_of_any_process_leaves_nothing_behind_and_nothing_in_the_way(lab,
         return subprocess.Popen(["make", "figures", "PROFILE=slow"], cwd=root, env=environment,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    for victim in range(3):
+    for victim in range(2):
         make = start()
         kernel = psutil.Process(int(writers(root, victim)[-1]))
         tree = [*(parent.pid for parent in reversed(kernel.parents()[:3])), kernel.pid]
@@ -345,11 +359,6 @@ def test_a_kill_of_any_process_leaves_nothing_behind_and_nothing_in_the_way(lab,
             assert second.returncode and "Traceback" not in said
             assert (f"another `make figures` works already in {root}/runs/slow, as process "
                     f"{tree[1]}: wait for it, or stop it") in said
-            command = ["run", "03_critique_revision", "--profile", "slow", "--name", "other"]
-            done = subprocess.run([sys.executable, "-m", "cai_utils", *command], cwd=root,
-                                  env=environment, capture_output=True, text=True)
-            assert done.stderr == (f"error: 03_critique_revision runs already in {root}/runs/slow, "
-                                   f"as process {tree[2]}: wait for it, or stop it\n")
         os.kill(tree[victim], signal.SIGKILL)
         if victim > 0:  # it has to say so; without make nobody does
             assert make.wait(30) != 0
@@ -357,7 +366,7 @@ def test_a_kill_of_any_process_leaves_nothing_behind_and_nothing_in_the_way(lab,
     last = start()
     said = last.communicate()[0]
     executed = {p.name for p in (root / "runs" / "slow" / "executed").iterdir()}
-    assert "03_critique_revision.ipynb" in executed, said
+    assert "03_critique_revision.ipynb" in executed and "Exception ignored" not in said, said
     assert not {name for name in executed if "running" in name}
     assert not list((root / "runs" / "slow" / "results").glob(".*"))
-    assert len(set(writers(root))) == len(writers(root)) == 3  # none after one that came later
+    assert len(set(writers(root))) == len(writers(root)) == 2  # none after one that came later

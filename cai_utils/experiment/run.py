@@ -22,6 +22,7 @@ from pathlib import Path
 
 from cai_utils.experiment import fingerprint, locks, provenance, secrets, stamp
 from cai_utils.experiment.files import finite, read_json, repo_root, write_json
+from cai_utils.experiment.kinds import check_name
 from cai_utils.experiment.params import check_profile, check_sizes, from_namespace
 from cai_utils.experiment.writing import (
     atomic,
@@ -59,12 +60,14 @@ class Run:
 
     def data(self, name: str) -> Path:
         """runs/<profile>/data/<name>, with `.jsonl` added where `name` has no suffix."""
+        check_name(name, "the name of rows")
         known = (".jsonl", ".json", ".gz", ".csv", ".parquet", ".txt", ".npz")
         return self.dir / "data" / (name if name.endswith(known) else f"{name}.jsonl")
 
     def model(self, name: str, size: str) -> Path:
         """runs/<profile>/models/<name>/<size>, the folder of a Hugging Face model."""
-        return self.dir / "models" / name / str(size)
+        parts = check_name(name, "the name of a model"), check_name(str(size), "size")
+        return self.dir.joinpath("models", *parts)
 
     def need(self, path, made_by: str) -> Path:
         """`path` (relative ones: under runs/<profile>), which notebook `made_by` makes.

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 from cai_utils import __main__, critique, experiment
-from cai_utils.experiment import files, fingerprint, params, provenance, registry
+from cai_utils.experiment import files, fingerprint, locks, params, provenance, registry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -619,6 +619,10 @@ def test_a_dead_kernel_is_reported(lab):
         (["04_revisions", "--profile", "mini", "n_promts=3"], "unknown parameter 'n_promts'"),
         (["04_revisions", "--profile", "mini", "size=xl"], "unknown size 'xl'"),
         (["04_revisions", "n_prompts=3", "--profile", "mini", "a.b=1"], "unknown parameter 'a'"),
+        *((["04_revisions", "--profile", "mini", f"--name={name}"], "cannot be the name of a file")
+          for name in ("../../harm", "/harm", "..", "a\nb", "x" * 240)),
+        (["04_revisions", "--profile", "mini", "--name=x.failed"], "pass for an unfinished one"),
+        (["04_revisions", "--profile", "../mini"], "unknown profile '../mini'"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(lab, monkeypatch, arguments, words):
@@ -627,6 +631,56 @@ def test_mistakes_on_the_command_line_are_one_line(lab, monkeypatch, arguments, 
     assert words in str(caught.value.code)
     assert "\n" not in str(caught.value.code)
     assert not (lab / "runs").exists()
+
+
+def refusal(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        __main__.main([*arguments])
+    return caught.value.code
+
+
+def test_folders_that_cannot_be_written_are_found_before_work_starts(lab, monkeypatch):
+    monkeypatch.setattr(__main__, "execute", lambda *_: pytest.fail("it has started"))
+    call = ("run", "04_revisions", "--profile", "mini")
+    (lab / "runs").write_text("")
+    assert refusal(*call) == (f"error: {lab}/runs is a file where a run needs a folder: move it "
+                              "away")
+    (lab / "runs").unlink()
+    (lab / "runs" / "mini" / "results").mkdir(parents=True)
+    (lab / "runs" / "mini" / "data").symlink_to(lab / "params" / "mini" / "_common.yaml")
+    assert "runs/mini/data is a file" in refusal(*call)
+    (lab / "runs" / "mini" / "data").unlink()
+    # As of a read-only disk; root may write anywhere else.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "results")
+    assert refusal(*call) == (f"error: {lab}/runs/mini/results is read-only, and a run writes "
+                              "there: make it writable")
+    monkeypatch.undo()
+
+
+def test_one_run_at_a_time_whatever_it_is_called(lab, monkeypatch):
+    monkeypatch.setattr(locks, "WAIT", 0.1)
+    write(lab / "params" / "mini" / "04_revisions.yaml", "grid: {sizes: [xs, s]}\n")
+    call = ("run", "04_revisions", "--profile", "mini", "--name=other")
+    with locks.held(lab / "runs" / "mini", ["04_revisions-s"], ""):  # as the batch does
+        assert refusal(*call, "size=s") == (
+            f"error: 04_revisions-s runs already in {lab}/runs/mini, as process {os.getpid()}: "
+            "wait for it, or stop it")
+        monkeypatch.setattr(__main__, "execute", lambda *_: sys.exit("it starts"))
+        assert refusal(*call, "size=xs") == "it starts"
+
+
+@pytest.mark.parametrize("error, said", [
+    (OSError(28, "No space left on device", "x.csv"), "error: x.csv: No space left on device"),
+    (OSError("a line of its own"), "error: a line of its own"),
+    (KeyboardInterrupt(), 130),
+])
+def test_a_command_ends_in_one_line(lab, monkeypatch, capsys, error, said):
+    def execute(*_):
+        raise error
+
+    monkeypatch.setattr(__main__, "execute", execute)
+    assert refusal("run", "04_revisions", "--profile", "mini") == said
+    assert capsys.readouterr().err in ("", "interrupted: the same command goes on from here\n")
 
 
 def test_partials_defaults_and_containers_count():
