@@ -274,7 +274,8 @@ def _found_marks(tokenizer, added, template):
         system = [{"role": "system", "content": SEAM}] if _has_system_role(tokenizer) else []
         with suppress(ValueError):
             frame = _from_template(system + talk, tokenizer, True)
-    special = {i: t for i, t in added.items() if t.special or (
+    named = set(getattr(tokenizer, "all_special_ids", ()))  # some of them are called ordinary
+    special = {i: t for i, t in added.items() if t.special or i in named or (
         str(t) in frame and re.search(r"[^\w\s]", str(t)) and not _THOUGHTS.fullmatch(str(t)))}
     names = sorted((str(t) for t in special.values() if len(str(t).strip()) > 1),
                    key=len, reverse=True)

@@ -19,7 +19,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from cai_utils.dialogue import TEMPLATE, render
+from cai_utils.dialogue import TEMPLATE, broken, render
 from cai_utils.experiment.files import read_json, read_rows, write_json, write_rows
 from cai_utils.experiment.kinds import check_name
 from cai_utils.lm import models, tokens
@@ -111,8 +111,9 @@ def scored_text(conversation, tokenizer) -> str:
     """The text whose score a text-classification pipeline gives as `preference.Scorer` does, up
     to `config.score_mean`: the rendered conversation, ended by one eos, where scores are read
     (left to tokenizers that write it themselves). Where a chat template wrote the text, the
-    pipeline needs `add_special_tokens=False`. ValueError as in `dialogue.render`."""
-    text = render(conversation, tokenizer, add_generation_prompt=False)
+    pipeline needs `add_special_tokens=False`. A special token that a content spells has a backslash
+    in it (`dialogue.broken`). ValueError as in `dialogue.render`."""
+    text = broken(render(conversation, tokenizer, add_generation_prompt=False))
     closes = tokens.adds_special_tokens(text, tokenizer) and tokens.closes_texts(tokenizer)
     return text.rstrip().removesuffix(tokenizer.eos_token) + ("" if closes else tokenizer.eos_token)
 

@@ -27,8 +27,8 @@ FLOORS = [
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 
 # Tests of the whole project; every other tests/test_NAME.py is about cai_utils/NAME.py.
-WHOLE = {"bench", "chain", "environment", "feedback_model", "layout", "notebooks", "snakefile",
-         "trl"}
+WHOLE = {"bench", "chain", "environment", "feedback_model", "forged_text", "layout", "notebooks",
+         "snakefile", "trl"}
 
 # Modules of the flat package that was here before, as far as their names mean nothing else now.
 OLD = (
