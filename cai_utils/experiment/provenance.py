@@ -106,15 +106,20 @@ def seal(record: dict) -> dict:
     return {**record, "check": fingerprint.digest(record)}
 
 
+def unseal(record: dict) -> dict | None:
+    """What `seal` was given; None where the checksum is missing or does not match."""
+    rest = {k: v for k, v in record.items() if k != "check"}
+    return rest if record.get("check") == fingerprint.digest(rest) else None
+
+
 def read(path) -> dict | None:
     """A record that was sealed; {} where there is none, None where it is damaged. Records of
     earlier versions have no seal and are taken as they are."""
     if not Path(path).exists():
         return {}
     record = read_json(path)
-    check = record.pop("check", None)
-    sealed = check is not None or "sha256" in record
-    return record if record and (not sealed or check == fingerprint.digest(record)) else None
+    sealed = "check" in record or "sha256" in record
+    return unseal(record) if sealed else record or None
 
 
 def changed(path, digests: dict, record: dict) -> list[str]:

@@ -10,8 +10,6 @@ more room than one checkpoint and its successor would.
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import re
 import shutil
@@ -19,8 +17,10 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from cai_utils.experiment.files import finite, read_json, write_json
-from cai_utils.experiment.fingerprint import digest, file_digest
+from cai_utils.experiment import provenance
+from cai_utils.experiment.files import read_json, write_json
+from cai_utils.experiment.fingerprint import file_digest
+from cai_utils.experiment.writing import explained
 
 STATE = "state.json"
 
@@ -49,15 +49,13 @@ def fault_of(folder, expected) -> tuple[str, str] | None:
 
 
 def write_sealed(path, record) -> None:
-    """Writes a JSON object with a checksum of itself (`write_json`)."""
-    plain = finite(json.loads(json.dumps(record, default=str)))
-    write_json(path, {"sha256": digest(plain), **plain})
+    """Writes a JSON object with a checksum of itself (`provenance.seal`)."""
+    write_json(path, provenance.seal(record))
 
 
 def read_sealed(path) -> dict | None:
     """What `write_sealed` wrote; None where that is missing or damaged."""
-    record = read_json(path)
-    return record if record.pop("sha256", None) == digest(record) else None
+    return provenance.unseal(read_json(path))
 
 
 def set_aside(path, say="") -> Path:
@@ -75,34 +73,12 @@ def set_aside(path, say="") -> Path:
 
 
 @contextmanager
-def disk_full_named(folder):
-    """OSError, one line, in place of what libraries raise where the disk is full: torch and
-    safetensors have errors of their own for it."""
-    try:
-        yield
-    except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        free = shutil.disk_usage(_there(folder)).free
-        # torch does not say why its writer failed.
-        unsaid = "PytorchStreamWriter failed writing" in str(error) and free < 2**26
-        if not (full or unsaid or "No space left on device" in str(error)):
-            raise
-        raise OSError(errno.ENOSPC, f"the disk is full ({free // 2**20} MiB free): make room, then "
-                      "start again; what was saved before is whole", str(folder)) from error
-
-
-def _there(path):
-    path = Path(path).absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
-
-
-@contextmanager
 def whole_folder(folder):
     """Yields a temporary folder, for a model and what belongs to it; its files are moved into
     `folder` at the end, config.json last, after weights of an earlier model there are gone: a
     folder that loads is complete. On an error `folder` stays as it was."""
     folder = Path(folder)
-    with disk_full_named(folder):
+    with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".saving-*"):  # of a run that was killed here
             shutil.rmtree(stale)
@@ -233,7 +209,7 @@ class Checkpoints:
             temporary.mkdir(parents=True, exist_ok=True)
         self.wait()
         try:
-            with disk_full_named(temporary):
+            with explained(temporary):
                 save(temporary)
                 self.wait()
                 if self.main:

@@ -130,6 +130,8 @@ def explained(path, temporary=None, size=None):
         told = re.search(r"\(os error (\d+)\)", str(error))
         if number is None and told:
             number = int(told[1])
+        if number is None and os.strerror(errno.ENOSPC) in str(error):
+            number = errno.ENOSPC
         if number in _FULL or (number is None and _IN_WORDS.search(str(error))):
             why = (f"{_FULL.get(number, 'the disk did not take all of it')} "
                    f"({_missing(Path(path), temporary, size)}); make room there")

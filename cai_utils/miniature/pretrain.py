@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from cai_utils import dialogue
 from cai_utils.experiment import fingerprint, resume
 from cai_utils.experiment.files import read_json, write_json
+from cai_utils.experiment.writing import explained
 from cai_utils.miniature import corpus, world
 
 SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2, 8.7 million parameters less embeddings
@@ -366,7 +367,7 @@ def _save(model, tokenizer, info, out: Path) -> None:
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    with resume.disk_full_named(part):
+    with explained(out):
         model.to(torch.bfloat16).save_pretrained(part)
         tokenizer.save_pretrained(part)
         pd.DataFrame(info["curve"]).to_csv(part / "curve.csv", index=False)

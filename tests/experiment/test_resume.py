@@ -8,6 +8,7 @@ import pytest
 
 from cai_utils.experiment import resume
 from cai_utils.experiment.files import read_json
+from cai_utils.experiment.writing import explained
 
 KEY = {"lr": "a", "rows": "b"}
 DAMAGE = {
@@ -91,7 +92,7 @@ def test_a_full_disk_leaves_what_was_there(saved):
         save(folder)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="the disk is full .* free.: make room") as error:
+    with pytest.raises(OSError, match="the disk is full .* free.; make room") as error:
         saved.write(11, full)
     assert error.value.errno == errno.ENOSPC and ".checkpoint-11" in str(error.value)
     assert [f.name for f in saved.folder.iterdir()] == ["checkpoint-10"]
@@ -109,7 +110,7 @@ def test_a_full_disk_leaves_what_was_there(saved):
         raise RuntimeError("Error while serializing: I/O error: No space left on device")
     assert {f.name: f.read_text() for f in model.iterdir()} == {
         "config.json": "new", "model.safetensors": "new"}
-    with pytest.raises(RuntimeError, match="^other$"), resume.disk_full_named(model):
+    with pytest.raises(RuntimeError, match="^other$"), explained(model):
         raise RuntimeError("other")
 
 
