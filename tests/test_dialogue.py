@@ -76,7 +76,8 @@ def test_only_a_turn_after_a_blank_line_is_a_turn():
     st.lists(
         st.tuples(
             st.sampled_from(["user", "assistant"]),
-            st.lists(st.sampled_from(["\n", "\n\n", "\r\n", "\\", "Human:", "Assistant:", "a", " "]))
+            st.lists(st.sampled_from(
+                ["\n", "\n\n", "\r\n", "\\", "Human:", "Assistant:", "a", " "]))
             .map("".join).map(str.strip).filter(bool),
         ),
         min_size=1,
