@@ -1,7 +1,7 @@
 # From a clean clone: `make figures` or `make test`. Needs Python 3.11 (and its venv), git, make.
 
 # Minutes on 2 cores without bf16, shown before each step.
-MINUTES := env:3 figures:26 test:15
+MINUTES := env:3 figures:26 test:15 kills:20
 
 PYTHON  ?= python3.11
 PROFILE ?= miniature
@@ -45,7 +45,7 @@ redraw_options = $${FIGURE:+--figure="$$FIGURE"} $${STYLE:+--style="$$STYLE"} \
 # Ends with make (experiment/locks.py). Not the scripts in bin/, whose first line some paths break.
 python = CAI_PARENT=$$PPID exec $(BIN)/python
 
-.PHONY: help env figures redraw publish test bench lab clean
+.PHONY: help env figures redraw publish test kills bench lab clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what there is
@@ -60,6 +60,7 @@ help:  ## Say what there is
 	@echo "               FROM=runs                     from the tables of your last run, into runs/"
 	@echo "make publish   make the finished run in runs/$$PROFILE/ the reference in figures/$$PROFILE/"
 	@echo "make test      run the tests                                       (~$(call minutes,test) min)"
+	@echo "make kills     kill a smoke run twenty times, restart it, compare  (~$(call minutes,kills) min)"
 	@echo "make bench     measure ours against its peers, into benchmarks/ (BENCH=name: one of them)"
 	@echo "make lab       open JupyterLab in notebooks/"
 	@echo "make env       make the environment in $(VENV)/                      (~$(call minutes,env) min)"
@@ -115,7 +116,12 @@ publish: $(VENV)/.installed  ## Make a finished run the reference
 
 test: $(VENV)/.installed $(SMOLLM2_STAMP)  ## Run the tests
 	@echo "== Tests (about $(call minutes,test) min)"
-	@OMP_NUM_THREADS="$$THREADS" $(BIN)/python -m pytest -n "$$JOBS" --dist loadfile
+	@OMP_NUM_THREADS="$$THREADS" $(BIN)/python -m pytest -n "$$JOBS" --dist loadfile \
+	  --no-loadscope-reorder
+
+kills: $(VENV)/.installed  ## Kill a smoke run twenty times, start it again each time
+	@echo "== Twenty kills of a smoke run (about $(call minutes,kills) min)"
+	@OMP_NUM_THREADS="$$THREADS" $(BIN)/python -m pytest -s -m kills tests/test_kills.py
 
 bench: $(VENV)/.installed $(SMOLLM2_STAMP)  ## Measure ours against its peers
 	@echo "== Benchmarks: $${BENCH:-all of them}; best on a machine that does nothing else"

