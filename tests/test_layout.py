@@ -27,8 +27,8 @@ FLOORS = [
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 
 # Tests of the whole project; every other tests/test_NAME.py is about cai_utils/NAME.py.
-WHOLE = {"bench", "chain", "environment", "feedback_model", "forged_text", "layout", "notebooks",
-         "snakefile", "trl"}
+WHOLE = {"bench", "chain", "environment", "feedback_model", "forged_text", "kills", "layout",
+         "notebooks", "repeat", "snakefile", "trl"}
 
 # Modules of the flat package that was here before, as far as their names mean nothing else now.
 OLD = (
@@ -159,3 +159,17 @@ def test_no_text_points_to_what_is_not_here(what, pattern):
             text = re.sub(r"## Moved names\n.*?(?=\n## |\Z)", "", text, flags=re.S)
         found += [f"{path.relative_to(ROOT)}: {m[0]}" for m in pattern.finditer(text)]
     assert not found, f"{what}: {found}"
+
+
+def test_every_fault_names_a_test_that_exists():
+    """FAULTS.md: the last cell of each row, `file::test`, or `::test` of the file named before."""
+    rows = [line for line in (ROOT / "tests/FAULTS.md").read_text(encoding="utf-8").splitlines()
+            if line.startswith("| ") and not line.startswith("| fault |")]
+    path = None
+    for row in rows:
+        named = re.findall(r"`([\w/.]*)::(\w+)`", row.rpartition(" | ")[2])
+        assert named, row
+        for file, test in named:
+            path = ROOT / "tests" / file if file else path
+            assert re.search(rf"^def {test}\(", path.read_text(encoding="utf-8"), re.M), row
+    assert rows

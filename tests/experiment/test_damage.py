@@ -223,7 +223,7 @@ ROTTEN = {
 
 
 @pytest.mark.parametrize("damage, kept, damaged", ROTTEN.values(), ids=ROTTEN)
-def test_what_is_rotten_in_a_journal_is_made_again_and_the_rest_reused(
+def test_damaged_lines_of_a_journal_are_made_again_and_the_rest_reused(
         tmp_path, capsys, damage, kept, damaged):
     path, jobs = tmp_path / "x.partial", [0, 1, 2]
 

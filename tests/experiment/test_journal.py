@@ -66,7 +66,7 @@ def test_a_journal_keeps_its_lines(tmp_path):
         again = Journal(path, header)
         assert again.found == {"a": [1.5, None], "b": "\u00e9\n", "d": 4}
         again.close()
-    # A rotten line in the middle counts as not there; one without its header is other work.
+    # A malformed line in the middle counts as not there; one without its header is other work.
     path.write_bytes(whole.replace(b'["b"', b'\xff"b"'))
     journal = Journal(path, header)
     assert set(journal.found) == {"a", "c"}

@@ -1,4 +1,4 @@
-"""What servers answer, and what is made of it: parts of characters, token ids, rotten numbers.
+"""What servers answer, parts of characters, token ids, numbers that are none.
 
 The numbers that are wanted are hand-computed or a local model's. VLLM holds replies that vLLM 0.32
 gave for SmolLM2-135M-Instruct.
@@ -76,12 +76,12 @@ def test_choices_whose_characters_are_several_tokens(tells, shown, ids):
     np.testing.assert_allclose(got, [[0.18243, 0.81757]] * 2, atol=1e-5)
 
 
-@pytest.mark.parametrize("rotten", [
+@pytest.mark.parametrize("wrong", [
     math.nan, -math.inf, math.inf, None, "-0.5", True, [-0.5], {}, 3.2, -9999.0,
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("tells", ["echo", "prompt_logprobs"])
-def test_numbers_that_are_no_log_probabilities_are_refused(tells, rotten):
-    told = {" 🦜": [-2.0, rotten, -0.1], " 🦏": [-0.5, -0.1, -0.1]}
+def test_numbers_that_are_no_log_probabilities_are_refused(tells, wrong):
+    told = {" 🦜": [-2.0, wrong, -0.1], " 🦏": [-0.5, -0.1, -0.1]}
     with Parts(tells, told=told, ids=True) as server:
         with pytest.raises(ValueError, match="text 1: the server gives .* of the choice ' 🦜'"):
             fast(server.url, concurrency=1).choice_logprobs([TEXT[3:], TEXT], BIRDS)
