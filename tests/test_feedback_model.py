@@ -215,12 +215,12 @@ def test_08_takes_axes_with_train_or_eval_alone(lab, files_of, human, held):
     comparisons = {axis: given and {split: name and path for split, name in given.items()}
                    for axis, given in files_of.items()}
     names = names_of(lab, "08_ai_feedback", "## Pairs of responses", comparisons=comparisons,
-                     judge=None)
+                     judge=None, questions=f"{lab}/questions.jsonl", n_questions=None)
     assert len(names["human"]) == human and sorted(names["held"]) == held
     assert sorted(names["tests"]) == [f"human, {axis}" for axis in held]
 
 
 def test_08_asks_for_an_eval_where_no_axis_has_one(lab):
     with pytest.raises(ValueError, match="give `eval` of at least one axis"):
-        names_of(lab, "08_ai_feedback", "## Pairs of responses", judge=None,
-                 comparisons={"harmless": {"train": "c"}})
+        names_of(lab, "08_ai_feedback", "## Pairs of responses", judge=None, n_questions=None,
+                 questions=f"{lab}/questions.jsonl", comparisons={"harmless": {"train": "c"}})

@@ -87,9 +87,11 @@ def test_a_full_disk_is_told_in_a_line_and_costs_nothing_that_was_there(disk, na
         WRITERS[name](path)
     said = str(caught.value)
     assert "\n" not in said and f"{path.stem}." in said and str(disk) in said
-    assert ("the disk is full" if name not in ("a.pt", "a.npy") else "did not take all") in said
+    # torch and numpy may say no more than that not all was taken.
+    words = "the disk is full" + "|did not take all" * (name in ("a.pt", "a.npy"))
+    assert re.search(words, said)
     assert "run the same command again: what was finished before is kept" in said
-    known = {"a.json": "are missing, ", "a.md": "are missing, ", "a.safetensors": r"\("}
+    known = {"a.json": "are missing, ", "a.md": "are missing, ", "a.safetensors": r"\(", "a.npy": r"\("}
     assert re.search(known.get(name, r"takes more than 0\.[23] MB, ") + r".* are free\)", said)
     assert path.read_text() == "old"
     assert [p.name for p in disk.iterdir()] == [name]
