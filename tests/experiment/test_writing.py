@@ -91,7 +91,8 @@ def test_a_full_disk_is_told_in_a_line_and_costs_nothing_that_was_there(disk, na
     words = "the disk is full" + "|did not take all" * (name in ("a.pt", "a.npy"))
     assert re.search(words, said)
     assert "run the same command again: what was finished before is kept" in said
-    known = {"a.json": "are missing, ", "a.md": "are missing, ", "a.safetensors": r"\(", "a.npy": r"\("}
+    known = {"a.json": "are missing, ", "a.md": "are missing, ", "a.safetensors": r"\(",
+             "a.npy": r"\("}
     assert re.search(known.get(name, r"takes more than 0\.[23] MB, ") + r".* are free\)", said)
     assert path.read_text() == "old"
     assert [p.name for p in disk.iterdir()] == [name]
