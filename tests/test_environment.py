@@ -313,3 +313,10 @@ def test_a_built_package_carries_its_constitutions_and_weights(tmp_path):
     there = {p.relative_to(copy).as_posix() for p in (copy / "cai_utils").rglob("*") if p.is_file()}
     assert "cai_utils/constitutions/default.yaml" in there
     assert there == inside
+
+
+@pytest.mark.parametrize("number", ["JOBS=0", "JOBS=", "JOBS=-1", "THREADS=0", "THREADS=x"])
+def test_numbers_that_start_nothing_are_refused(clone, number):
+    done = make("figures", number, folder=clone)
+    assert done.returncode and f"error: {number}: give a number, 1 or more" in done.stdout
+    assert not (clone / "calls").exists()

@@ -57,15 +57,20 @@ def _path(folder, name) -> Path:
 
 def _take(file, what):
     end = time.monotonic() + WAIT
-    while not _flock(file, exclusive=True):
+    while not _claimed(file):
         if time.monotonic() > end:
             raise RuntimeError(f"{what}, as {_holder(file)}: wait for it, or stop it")
         time.sleep(0.1)
+
+
+def _claimed(file) -> bool:
+    if not _flock(file, exclusive=True):
+        return False
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
-    if not _flock(file, exclusive=False):  # taken in between: nobody's lock is kept over a change
-        raise RuntimeError(f"{what}, as {_holder(file)}: wait for it, or stop it")
+    # False where another process took it in between: nobody's lock is kept over a change.
+    return _flock(file, exclusive=False)
 
 
 def _flock(file, exclusive) -> bool:

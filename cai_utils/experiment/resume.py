@@ -148,7 +148,8 @@ class Checkpoints:
         for folder in self._written():
             state = read_sealed(folder / STATE)
             if state is None:
-                wrong = "damaged" if (folder / STATE).exists() else "missing"
+                there = (folder / STATE).exists()
+                wrong = "damaged or of an earlier version" if there else "missing"
                 set_aside(folder, f"{self.name}: {folder / STATE} is {wrong}")
                 damaged = True
             else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cai_utils.experiment import fingerprint, registry
+from cai_utils.experiment import fingerprint, provenance, registry
 from cai_utils.experiment.files import PACKAGE, read_json, write_json
 from cai_utils.experiment.params import all_params, files_named, grid_of
 
@@ -40,7 +40,8 @@ def ingredients(root, notebook: str, profile: str, overrides: dict | None = None
         anew = root / "runs" / profile / "models" / "pretrained"
         files += [anew] if anew.is_dir() and notebook != "00_miniature" else []
     return {
-        "params": {name: fingerprint.canonical(value, name) for name, value in params.items()},
+        "params": {name: fingerprint.canonical(value, name)
+                   for name, value in (params | provenance.trust()).items()},
         "code": code,
         "files": {os.path.relpath(path, root): fingerprint.file_digest(path) for path in files},
         "policies": {p.name: [p.label, p.notebook, p.start, p.reward, p.trainer] for p in policies},

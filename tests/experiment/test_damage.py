@@ -58,6 +58,26 @@ def test_damaged_rows_are_set_aside_and_made_again(run, capsys, damage):
     assert run.made["data/x.jsonl"] == fingerprint.file_digest(path)
 
 
+def test_a_kill_between_record_and_rows_is_no_damage(run, capsys, monkeypatch):
+    made(run, [], n=5)
+    old = run.data("x").read_bytes()
+    replace = os.replace
+
+    def killed(source, target):
+        if str(target).endswith("x.jsonl"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    again = {"name": "x", "make": lambda: [{"id": 7}], "k": 2}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        run.rows(**again)
+    assert run.data("x").read_bytes() == old
+    assert run.rows(**again) == [{"id": 7}] == files.read_rows(run.data("x"))
+    assert "not as it was made" not in capsys.readouterr().out
+    assert not list(run.dir.rglob("*.damaged*"))
+
+
 @pytest.mark.parametrize("damage", [
     lambda path: path.write_text("{half a rec"),
     lambda path: path.write_text("null"),

@@ -81,9 +81,8 @@ def test_what_killed_processes_left_goes_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("platform", ["linux", "elsewhere"])
 def test_a_process_ends_with_the_one_that_started_it(platform):
-    child = ("import sys, time\n"
-             f"from cai_utils.experiment import locks; sys.platform = {platform!r}\n"
-             "locks.end_with_parent()\n"
+    child = ("import sys, time; from cai_utils.experiment import locks\n"
+             f"sys.platform = {platform!r}; locks.end_with_parent()\n"
              "print('ready', flush=True); time.sleep(60)")
     parent = ("import os, subprocess, sys, time\n"
               "os.environ['CAI_PARENT'] = str(os.getpid())\n"

@@ -17,7 +17,15 @@ import pandas as pd
 import pytest
 
 from cai_utils import __main__, critique, experiment
-from cai_utils.experiment import files, fingerprint, locks, params, provenance, registry
+from cai_utils.experiment import (
+    files,
+    fingerprint,
+    locks,
+    params,
+    provenance,
+    registry,
+    stamp,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -621,7 +629,7 @@ def test_a_dead_kernel_is_reported(lab):
         (["04_revisions", "n_prompts=3", "--profile", "mini", "a.b=1"], "unknown parameter 'a'"),
         *((["04_revisions", "--profile", "mini", f"--name={name}"], "cannot be the name of a file")
           for name in ("../../harm", "/harm", "..", "a\nb", "x" * 240)),
-        (["04_revisions", "--profile", "mini", "--name=x.failed"], "pass for an unfinished one"),
+        (["04_revisions", "--profile", "mini", "--name=x.failed"], "ends as those of unfinished"),
         (["04_revisions", "--profile", "../mini"], "unknown profile '../mini'"),
     ],
 )
@@ -707,3 +715,11 @@ def test_leave_to_run_code_is_recorded_and_makes_rows_anew(run, monkeypatch, cap
         assert made in capsys.readouterr().out
         record = provenance.describe(run.root, "t", run.params)
         assert record.get("trust_remote_code", False) == (value == "1")
+
+
+def test_leave_to_run_code_makes_a_run_anew(lab, monkeypatch):
+    write_notebook(lab, "04_revisions", ["1"])
+    without, again = (stamp.ingredients(lab, "04_revisions", "mini") for _ in range(2))
+    monkeypatch.setenv("CAI_TRUST_REMOTE_CODE", "1")
+    allowed = stamp.ingredients(lab, "04_revisions", "mini")
+    assert without == again != allowed
