@@ -30,8 +30,9 @@ def tournament(samples, compare, axis="helpfulness", pairs=None, per_prompt=1, s
 
     samples: {model: {prompt_id: [conversation, ...]}}.
     compare(conversation_a, conversation_b, axis, rng) -> the probability, or the outcome 0, 0.5
-    (tie) or 1, that a wins. The order of the two is drawn for every game, so that a judge's
-    position bias adds noise and no bias.
+    (tie) or 1, that a wins; None for a game that cannot be played, which is left out and counted.
+    The order of the two is drawn for every game, so that a judge's position bias adds noise and no
+    bias.
     pairs: list of (model, model); default every pair. per_prompt: games of a pair on one prompt;
     they use different samples as long as there are any.
     -> list of {"a", "b", "prompt_id", "axis", "wins_a"}, the same for the same seed whichever
@@ -42,7 +43,7 @@ def tournament(samples, compare, axis="helpfulness", pairs=None, per_prompt=1, s
         raise ValueError(f"per_prompt: at least 1, got {per_prompt}")
     if pairs is None:
         pairs = list(itertools.combinations(samples, 2))
-    outcomes = []
+    outcomes, unplayed = [], 0
     for a, b in pairs:
         for model in (a, b):
             if model not in samples:
@@ -64,12 +65,18 @@ def tournament(samples, compare, axis="helpfulness", pairs=None, per_prompt=1, s
                 one = samples[a][prompt][order_a[game % len(order_a)]]
                 two = samples[b][prompt][order_b[game % len(order_b)]]
                 swap = rng.random() < 0.5
-                wins = float(compare(two, one, axis, rng) if swap else compare(one, two, axis, rng))
+                wins = compare(two, one, axis, rng) if swap else compare(one, two, axis, rng)
+                if wins is None:
+                    unplayed += 1
+                    continue
+                wins = float(wins)
                 if not 0 <= wins <= 1:
                     raise ValueError(f"compare: {wins} for {a!r} against {b!r} on prompt "
                                      f"{prompt!r}; expected a number from 0 to 1")
                 outcomes.append({"a": a, "b": b, "prompt_id": prompt, "axis": axis,
                                  "wins_a": 1 - wins if swap else wins})
+    if unplayed:
+        print(f"{axis}: {unplayed} games are left out, which the judge could not compare")
     return outcomes
 
 

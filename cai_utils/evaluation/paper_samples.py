@@ -13,6 +13,7 @@ from cai_utils.evaluation import chains, refusal_rule, stats
 from cai_utils.evaluation.escape import cell
 from cai_utils.evaluation.tables import finite, summarize
 from cai_utils.experiment import registry
+from cai_utils.lm.sampling import PromptTooLong
 
 
 def measured(samples, scorers=None, judge=None) -> list[dict]:
@@ -82,8 +83,8 @@ def feedback_compare(sampler, constitution):
     """A judge for `elo.tournament`: an LM as feedback model (paper 4.1).
 
     It is asked in both orders which of two responses follows a comparison principle, drawn from the
-    constitution, better. ValueError for an axis other than harmlessness, which the principles do
-    not cover.
+    constitution, better; None where a question is longer than its context. ValueError for an axis
+    other than harmlessness, which the principles do not cover.
     """
 
     def compare(a, b, axis, rng):
@@ -91,7 +92,10 @@ def feedback_compare(sampler, constitution):
             raise ValueError(f"the feedback model judges harmlessness, not {axis}: give a PM")
         pair = {"prompt": a[:-1], "responses": [a[-1]["content"], b[-1]["content"]]}
         seed = rng.randrange(2**31)
-        return feedback.label(sampler, [pair], constitution, seed=seed)[0]["p_first"]
+        try:
+            return feedback.label(sampler, [pair], constitution, seed=seed)[0]["p_first"]
+        except PromptTooLong:
+            return None
 
     return compare
 

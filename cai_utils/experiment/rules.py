@@ -8,6 +8,7 @@ may use the name for something else.
 from __future__ import annotations
 
 import functools
+import os
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -81,7 +82,7 @@ def _or_null(rule):
     return Rule(rule.kind | None, f"{rule.text}, or null")
 
 
-FLAG = Rule(bool, "true or false")
+FLAG = Rule(bool | Literal[0, 1], "true or false")
 COUNT = Rule(Annotated[int, Field(ge=1)], "a whole number from 1 up")
 COUNT_OR_0 = Rule(Annotated[int, Field(ge=0)], "a whole number from 0 up")
 SEED = Rule(Annotated[int, Field(ge=0, lt=2**32)], "a whole number from 0 to 4294967295")
@@ -112,18 +113,21 @@ RULES = {
     "stop": Rule(list[Annotated[str, Field(min_length=1)]], "a list of texts"),
     "max_new_tokens": COUNT, "cot_tokens": COUNT, "temperature": NOT_NEGATIVE,
     "cot_samples": COUNT, "cot_samples_many": COUNT, "samples_helpful": COUNT,
-    "both_orders": FLAG, "few_shot": FLAG, "n_revisions": COUNT_OR_0, "n_boot": COUNT,
+    "both_orders": FLAG, "few_shot": FLAG, "n_revisions": COUNT_OR_0,
+    "n_boot": COUNT_OR_0,  # 0: no intervals
     "clamp": Rule(Annotated[list[_Share], Field(min_length=2, max_length=2),
                             AfterValidator(_clamp)],
                   "[low, high] with 0 <= low <= 1/2 <= high <= 1"),
     # data
     "prompts": Rule(_SplitsOrNone, "a data spec each for train and eval"),
-    "prompts_redteam": DATA, "prompts_helpful": DATA, "demonstrations": TEXT,
+    "prompts_redteam": DATA, "prompts_helpful": DATA, "demonstrations": _or_null(TEXT),
     "pretraining": _or_null(TEXT), "questions": TEXT,
     "n_train": _by(_or_null(COUNT)), "n_eval": _or_null(COUNT), "n_prompts": _by(_or_null(COUNT)),
     "n_helpful": _by(_or_null(COUNT)), "n_human": _by(COUNT_OR_0), "n_questions": _or_null(COUNT),
-    "n_demonstrations": COUNT_OR_0, "n_pretraining": COUNT_OR_0, "n_shown": _or_null(COUNT_OR_0),
-    "n_answers": _or_null(COUNT), "long_limit": _or_null(COUNT), "many_limit": _or_null(COUNT),
+    "n_demonstrations": _or_null(COUNT_OR_0), "n_pretraining": _or_null(COUNT_OR_0),
+    "n_shown": _or_null(COUNT_OR_0),
+    "n_answers": _or_null(COUNT), "long_limit": _or_null(COUNT_OR_0),
+    "many_limit": _or_null(COUNT_OR_0),
     # training
     "pm_epochs": POSITIVE, "pm_batch_size": COUNT, "pm_lr": _by(POSITIVE),
     "pm_accumulation": _by(COUNT), "sft_epochs": POSITIVE, "sft_batch_size": COUNT,
@@ -153,14 +157,13 @@ RULES = {
     "01 few_shot": _by(Rule(COUNT_OR_0.kind | Literal["constitution"],
                             "a whole number from 0 up, or \"constitution\""), "task"),
     "01 n_questions": _by(_or_null(COUNT), "task"),
+    "01 cot_samples": COUNT_OR_0,
     "01 pms": Rule(list[_Name], "a list of kinds of PMs, as [hh, harmless]"),
     "02 kinds": Rule(Annotated[dict[_Name, _one_or_more(_Text)], Field(min_length=1)],
                      "a mapping, PM: list of axes"),
     "02 comparisons": Rule(Annotated[dict[_Text, _BothSplits], Field(min_length=1)],
                            "a mapping, axis: {train: data spec, eval: data spec}"),
     "03 n_train": _by(_or_null(COUNT_OR_0))._replace(by_size=False),  # none for a size is no row
-    "03 n_eval": COUNT, "03 pretraining": TEXT,
-    "03 n_shown": COUNT_OR_0,
     "08 comparisons": Rule(dict[_Text, _SplitsOrNone | None],
                            "a mapping, axis: {train: data spec, eval: data spec}"),
     "08 kinds": FLAG,
@@ -183,17 +186,26 @@ def check(notebook: str, values: dict, defaults: dict, where: str = "") -> None:
         if why is not None:
             raise ValueError(f"{where}{name}={value!r:.90}: give {rules[name].text}{why}")
     values = {**defaults, **values}
+    why = _misfit(rules, values)
+    if why and not _misfit(rules, defaults):  # a notebook of yours may mean other sizes
+        raise ValueError(where + why)
+
+
+def _misfit(rules, values) -> str | None:
+    """Which value does not go with `sizes`, and the mend; None where all do."""
     sizes = values["sizes"] if "sizes" in rules else None
     for name in ("size", "kinds_size") if sizes else ():
         if name in rules and str(values[name]) not in map(str, sizes):
-            raise ValueError(f"{where}{name}={values[name]!r} is not in sizes={sizes}: give both")
+            return (f"{name}={values[name]!r} is not in sizes={sizes}: give {name}, too, "
+                    f"as {name}={sizes[-1]}")
     sizes = sizes or ([values["size"]] if "size" in rules else [])
     for name, rule in rules.items():
         if rule.by_size and isinstance(values[name], dict):
             lacking = [size for size in sizes if size not in values[name]]
             if lacking:
-                raise ValueError(f"{where}{name}={values[name]!r:.90}: it has no value for size "
-                                 f"{lacking[0]!r}; add it")
+                return (f"{name}={values[name]!r:.90}: it has no value for size {lacking[0]!r}; "
+                        "add it")
+    return None
 
 
 def check_grid(notebook: str, grid, defaults: dict, where: str) -> None:
@@ -227,7 +239,9 @@ def _adapter(rule):
 
 
 def _plain(value):
-    """Tuples, which a notebook may have, as lists."""
+    """What a notebook may have besides YAML's kinds: tuples as lists, paths as texts."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -105,11 +105,16 @@ def line(ax, d, x, label, color, marker="o", dashes="-", shift=0.0):
     d = d.sort_values(x)
     at, low, high = (d[c].to_numpy(float) for c in (x, "ci_low", "ci_high"))
     at = at + shift
-    ax.plot(at, d["estimate"], color=color, marker=marker, linestyle=dashes, label=label, zorder=3,
-            markeredgecolor="white", markeredgewidth=0.5)
+    ax.plot(at, d["estimate"], color=color, marker=marker, linestyle=dashes, zorder=3,
+            label=shown(label), markeredgecolor="white", markeredgewidth=0.5)
     ax.vlines(at, low, high, color=color, linewidth=1, alpha=0.8, zorder=2).set_gid("interval")
     ax.plot(np.tile(at, 2), np.concatenate([low, high]), "_", color=color, markersize=4, alpha=0.8,
             zorder=2)
+
+
+def shown(label):
+    """A name as a label of a legend: matplotlib hides those that begin with an underscore."""
+    return f" {label}" if str(label).startswith("_") else label
 
 
 def dodge(i, n, span):
@@ -236,7 +241,7 @@ def running(ax, x, y, label, color, dashes="-", low=None, high=None, log=False):
     if low is not None:
         band = ax.fill_between(x, back(low), back(high), color=color, alpha=0.2, linewidth=0)
         band.set_gid("interval")
-    ax.plot(x, back(middle), color=color, linestyle=dashes, label=label)
+    ax.plot(x, back(middle), color=color, linestyle=dashes, label=shown(label))
     return window
 
 

@@ -59,7 +59,7 @@ def fig02_elo_frontier(df, note="crosses: 95 % bootstrap intervals over prompts;
         ax.vlines(x, d["harmlessness_low"], d["harmlessness_high"], **thin)
         ax.plot(x, y, color=color, marker=marker, markersize=3, zorder=3)
         ax.plot(x.iloc[-1:], y.iloc[-1:], color=color, marker=marker, markersize=7, zorder=4,
-                markeredgecolor="white", markeredgewidth=0.6, label=method)
+                markeredgecolor="white", markeredgewidth=0.6, label=panels.shown(method))
     for ax, size in zip(axes[0], sizes.values()):
         ax.set(xlabel=ELO_AXES["helpfulness"], title=size[3] if len(sizes) > 1 else None)
     axes[0, 0].set_ylabel(ELO_AXES["harmlessness"])

@@ -1,5 +1,6 @@
 """What every measurement says of nothing, one unit, no difference, and what is no number."""
 
+import random
 import warnings
 
 import numpy as np
@@ -20,6 +21,7 @@ from cai_utils.evaluation import (
     stats,
     tables,
 )
+from cai_utils.lm.sampling import PromptTooLong
 
 ASK = [{"role": "user", "content": "q"}]
 NAMES = ["estimate", "ci_low", "ci_high", "n"]
@@ -199,3 +201,20 @@ def test_damaged_weights_are_named_by_the_scorer_and_the_letters(tmp_path):
         multiple_choice.letter_probabilities(
             Nothing(), ["q"], [" (A)", " (B)"], cot=False, n_samples=1, seed=0, temperature=1,
             max_new_tokens=1, stop=(), progress=None)
+
+
+def test_games_that_a_judge_cannot_compare_are_left_out_and_counted(capsys, monkeypatch):
+    def label(sampler, pairs, constitution, seed):
+        if "long" in pairs[0]["responses"]:
+            raise PromptTooLong("too long")
+        return [{"p_first": 0.5}]
+
+    monkeypatch.setattr(paper_samples.feedback, "label", label)
+    compare = paper_samples.feedback_compare(None, None)
+    games = {m: {i: [[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]]
+                 for i, text in enumerate(texts)}
+             for m, texts in (("a", ["x", "long"]), ("b", ["y", "z"]))}
+    played = elo.tournament(
+        games, lambda a, b, axis, rng: compare(a, b, axis, random.Random(0)), "harmlessness")
+    assert [game["prompt_id"] for game in played] == [0]
+    assert "harmlessness: 1 games are left out" in capsys.readouterr().out

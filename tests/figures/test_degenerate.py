@@ -101,3 +101,11 @@ def test_a_gallery_of_numbers_that_do_not_exist(tmp_path, change, shows):
     assert shows in gallery.write("Title", tmp_path, tmp_path).read_text()
     (tmp_path / "fig05_differences.csv").write_text("\n")
     assert "0 rows" in gallery.write("Title", tmp_path, tmp_path).read_text()
+
+
+def test_a_name_that_begins_with_an_underscore_stands_in_the_legend():
+    table = pd.DataFrame({"size": ["xs", "s"] * 2, "parameters": [10, 20] * 2,
+                          "method": ["_mine"] * 2 + ["plain"] * 2, "estimate": 0.5, "ci_low": 0.4,
+                          "ci_high": 0.6})
+    figure = plots.fig04_harm_identification(table)
+    assert " _mine" in [text.get_text() for text in figure.legends[0].get_texts()]
