@@ -140,7 +140,7 @@ RULES = {
     "method": Rule(Literal[*registry.methods()], f"one of {', '.join(registry.methods())}"),
     "methods": _or_null(Rule(_one_or_more(Literal[*registry.methods()]),
                              f"a list of {', '.join(registry.methods())}")),
-    "baselines": _or_null(Rule(_one_or_more(_Name), "a list of policies")),
+    "baselines": _or_null(Rule(list[_Name], "a list of policies")),
     "pm_judge": Rule(_each(("helpfulness", "harmlessness"), _Name),
                      "{helpfulness: a PM, harmlessness: a PM}"),
     "prompt_sets": TEXTS, "models": TEXTS,
@@ -163,12 +163,12 @@ RULES = {
                      "a mapping, PM: list of axes"),
     "02 comparisons": Rule(Annotated[dict[_Text, _BothSplits], Field(min_length=1)],
                            "a mapping, axis: {train: data spec, eval: data spec}"),
-    "03 n_train": _by(_or_null(COUNT_OR_0))._replace(by_size=False),  # none for a size is no row
+    "03 n_train": Rule(COUNT_OR_0.kind | None | dict[str | int, COUNT_OR_0.kind | None],
+                       "a whole number from 0 up, or null, or {size: such a value, none: 0}"),
     "08 comparisons": Rule(dict[_Text, _SplitsOrNone | None],
                            "a mapping, axis: {train: data spec, eval: data spec}"),
     "08 kinds": FLAG,
 }
-
 
 
 def rule_of(notebook: str, name: str) -> Rule | None:
