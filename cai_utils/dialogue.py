@@ -187,16 +187,24 @@ def render(conversation, tokenizer, add_generation_prompt=True):
     if conversation[0]["role"] == "system" and not _has_system_role(tokenizer):
         raise ValueError("this model's chat template has no system role: put the text of the "
                          "system message into the first user turn, or leave it out")
-    messages = [{**m, "content": written(m["content"], tokenizer, m["role"])} for m in conversation]
+    write = _writer(tokenizer)
+    messages = [{**m, "content": write(m["content"], m["role"])} for m in conversation]
     text = _from_template(messages, tokenizer, add_generation_prompt)
     return text if uses_transcript(tokenizer) else Rendered(text)
 
 
 def written(content, tokenizer, role="assistant"):
     """A content as `render` writes it for this model."""
+    return _writer(tokenizer)(content, role)
+
+
+def _writer(tokenizer):
+    """`written` for many contents: what depends on the tokenizer alone is asked once."""
+    found = _token_marks(tokenizer)
     if uses_transcript(tokenizer):
-        return sealed(TURNS.hide(content, f"\n\n{_LEADS[role]}"), tokenizer)
-    return sealed(_token_marks(tokenizer)[1].hide(content), tokenizer)
+        return lambda content, role: _sealed(
+            TURNS.hide(content, f"\n\n{_LEADS[role]}"), tokenizer, found)
+    return lambda content, role: _sealed(found[1].hide(content), tokenizer, found)
 
 
 def sealed(text, tokenizer):
@@ -206,7 +214,11 @@ def sealed(text, tokenizer):
     which the chat template parts turns; not one that is a single character or only spaces. Where
     the tokenizer is not known, those of common families.
     """
-    found, _, normal = _token_marks(tokenizer)
+    return _sealed(text, tokenizer, _token_marks(tokenizer))
+
+
+def _sealed(text, tokenizer, marks):
+    found, _, normal = marks
     before = None
     while before != text:  # one may stand across two others
         before, text = text, found.sub(lambda m: f"{m[0][0]}{SEAM}{m[0][1:]}", text)
