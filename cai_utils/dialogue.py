@@ -43,8 +43,11 @@ TEMPLATE = (
     "{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
 )
 
-# Stands inside a special token that a content spells. A noncharacter: no text has it.
+# Stands inside a special token that a content spells. A noncharacter, which a text may hold all the
+# same: then another one behind it says that it is the text's own.
 SEAM = "\ufdd0"
+_OWN = f"{SEAM}\ufdd1"
+_PARTS = re.compile(f"{SEAM}(?!\ufdd1)")
 
 _ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
 _LEADS = {"system": "", **{role: f"{speaker}: " for role, speaker in SPEAKERS.items()}}
@@ -219,20 +222,25 @@ def sealed(text, tokenizer):
 
 def _sealed(text, tokenizer, marks):
     found, _, normal = marks
-    before = None
+    text, before = text.replace(SEAM, _OWN), None
     while before != text:  # one may stand across two others
         before, text = text, found.sub(lambda m: f"{m[0][0]}{SEAM}{m[0][1:]}", text)
     # A normalizer may make one of letters that are none: then each is read by itself.
     if normal and any(normal & set(tokenizer(piece, add_special_tokens=False)["input_ids"])
                       for piece in text.split(SEAM) if piece):
-        text = SEAM.join(text.replace(SEAM, ""))
+        text = SEAM.join(re.findall(f"{_OWN}|[^{SEAM}]", text))
     return text
 
 
 def broken(text):
     """A text for an engine that makes tokens of it itself, such as a server: where a content spells
     a special token, a backslash stands in it, since text cannot say what is meant."""
-    return text.replace(SEAM, "\\")
+    return "\\".join(pieces(text))
+
+
+def pieces(text):
+    """What stands between the `SEAM`s of a text."""
+    return [part.replace(_OWN, SEAM) for part in _PARTS.split(text)]
 
 
 def guarded(messages):
