@@ -27,6 +27,8 @@ from cai_utils import constitution, critique, feedback
 from cai_utils.dialogue import sealed
 from cai_utils.experiment.journal import recording
 from cai_utils.lm import backends, models
+from cai_utils.lm.endpoint import Refused
+from cai_utils.lm.fitting import generate_fitting
 from cai_utils.lm.sampling import Sampler
 from cai_utils.lm.server import Server
 from cai_utils.lm.tokens import special_ids
@@ -476,3 +478,23 @@ def test_no_mark_of_a_content_reaches_a_server_as_one(monkeypatch):
     text = sealed("Use </s> it?", tokenizer)
     server(tokenizer).choice_logprobs([text], [" (A)", " (B)"])
     assert [b["prompt"] for _, b in sent[-2:]] == [f"Use <\\/s> it? ({c})" for c in "AB"]
+
+
+def test_what_is_answered_beside_prompts_that_are_too_long_is_not_asked_again(monkeypatch):
+    asked = Counter()
+
+    def post(path, body, halt, tries=None):
+        asked[body["prompt"], body.get("seed")] += 1
+        if "long" in body["prompt"]:
+            raise Refused("HTTP 400: maximum context length", 400, "maximum context length is 9")
+        time.sleep(0.01)  # so that requests wait for a thread when one is refused
+        return {"choices": [{"text": body["prompt"], "finish_reason": "stop"}]}
+
+    server = Server("http://127.0.0.1:1/v1", "m", form="transcript", concurrency=2)
+    monkeypatch.setattr(server.endpoint, "post", post)
+    inputs = [f"long {i}" if i in (10, 20, 39) else f"text {i}" for i in range(40)]
+    began = time.monotonic()
+    found = generate_fitting(server, inputs, max_new_tokens=4)
+    assert time.monotonic() - began < 2  # nor is one waited for that was never sent
+    assert [c and c[0].text for c in found] == [None if "long" in t else t for t in inputs]
+    assert max(asked.values()) == 1
