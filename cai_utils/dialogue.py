@@ -43,8 +43,11 @@ TEMPLATE = (
     "{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
 )
 
-# Stands inside a special token that a content spells. A noncharacter: no text has it.
+# Stands inside a special token that a content spells. A noncharacter, which a text may hold all the
+# same: then another one behind it says that it is the text's own.
 SEAM = "\ufdd0"
+_OWN = f"{SEAM}\ufdd1"
+_PARTS = re.compile(f"{SEAM}(?!\ufdd1)")
 
 _ROLES = {speaker: role for role, speaker in SPEAKERS.items()}
 _LEADS = {"system": "", **{role: f"{speaker}: " for role, speaker in SPEAKERS.items()}}
@@ -84,6 +87,8 @@ class Marks:
 
     def __init__(self, starts=(), inside=(), breaks=2):
         self._breaks, whole = breaks, [f"{re.escape(m[0])}\\\\*{re.escape(m[1:])}" for m in inside]
+        # Few texts have one of the words, and to look for them alone is several times as fast.
+        self._words = starts and re.compile("|".join(starts))
         # A run of spaces is read once, whatever its length.
         self._starts = starts and re.compile(
             rf"(?<!{_SPACE})({_SPACE}*+)(\\*+(?:{'|'.join(starts)}))")
@@ -91,7 +96,7 @@ class Marks:
 
     def hide(self, text, behind="") -> str:
         """The text of a content, written after the text `behind`, with no mark in it."""
-        if self._starts:
+        if self._starts and self._words.search(text):
             text = self._starts.sub(lambda m: self._at(m, behind, f"\\{m[2]}"), text)
         return self._inside.sub(lambda m: f"{m[0][0]}\\{m[0][1:]}", text) if self._inside else text
 
@@ -100,7 +105,7 @@ class Marks:
         def bare(m):
             return m[0][0] + m[0][1:].removeprefix("\\")
 
-        if self._starts:
+        if self._starts and self._words.search(text):
             text = self._starts.sub(lambda m: self._at(m, behind, m[2].removeprefix("\\")), text)
         return self._inside.sub(bare, text) if self._inside else text
 
@@ -185,16 +190,24 @@ def render(conversation, tokenizer, add_generation_prompt=True):
     if conversation[0]["role"] == "system" and not _has_system_role(tokenizer):
         raise ValueError("this model's chat template has no system role: put the text of the "
                          "system message into the first user turn, or leave it out")
-    messages = [{**m, "content": written(m["content"], tokenizer, m["role"])} for m in conversation]
+    write = _writer(tokenizer)
+    messages = [{**m, "content": write(m["content"], m["role"])} for m in conversation]
     text = _from_template(messages, tokenizer, add_generation_prompt)
     return text if uses_transcript(tokenizer) else Rendered(text)
 
 
 def written(content, tokenizer, role="assistant"):
     """A content as `render` writes it for this model."""
+    return _writer(tokenizer)(content, role)
+
+
+def _writer(tokenizer):
+    """`written` for many contents: what depends on the tokenizer alone is asked once."""
+    found = _token_marks(tokenizer)
     if uses_transcript(tokenizer):
-        return sealed(TURNS.hide(content, f"\n\n{_LEADS[role]}"), tokenizer)
-    return sealed(_token_marks(tokenizer)[1].hide(content), tokenizer)
+        return lambda content, role: _sealed(
+            TURNS.hide(content, f"\n\n{_LEADS[role]}"), tokenizer, found)
+    return lambda content, role: _sealed(found[1].hide(content), tokenizer, found)
 
 
 def sealed(text, tokenizer):
@@ -204,21 +217,30 @@ def sealed(text, tokenizer):
     which the chat template parts turns; not one that is a single character or only spaces. Where
     the tokenizer is not known, those of common families.
     """
-    found, _, normal = _token_marks(tokenizer)
-    before = None
+    return _sealed(text, tokenizer, _token_marks(tokenizer))
+
+
+def _sealed(text, tokenizer, marks):
+    found, _, normal = marks
+    text, before = text.replace(SEAM, _OWN), None
     while before != text:  # one may stand across two others
         before, text = text, found.sub(lambda m: f"{m[0][0]}{SEAM}{m[0][1:]}", text)
     # A normalizer may make one of letters that are none: then each is read by itself.
     if normal and any(normal & set(tokenizer(piece, add_special_tokens=False)["input_ids"])
                       for piece in text.split(SEAM) if piece):
-        text = SEAM.join(text.replace(SEAM, ""))
+        text = SEAM.join(re.findall(f"{_OWN}|[^{SEAM}]", text))
     return text
 
 
 def broken(text):
     """A text for an engine that makes tokens of it itself, such as a server: where a content spells
     a special token, a backslash stands in it, since text cannot say what is meant."""
-    return text.replace(SEAM, "\\")
+    return "\\".join(pieces(text))
+
+
+def pieces(text):
+    """What stands between the `SEAM`s of a text."""
+    return [part.replace(_OWN, SEAM) for part in _PARTS.split(text)]
 
 
 def guarded(messages):

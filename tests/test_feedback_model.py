@@ -105,12 +105,14 @@ def test_critiques_and_revisions_are_the_critics(lab, critic):
     key = files.read_json(names["run"].data("chains_xs.jsonl.key.json"))["key"]
     assert key["critic"]["sha256"] == fingerprint.file_digest(folder) != key["model"]["sha256"]
 
-    direct = names_of(lab, "06_critique_ablation", "## Scores", **how)["direct"]["xs"]
+    shutil.copytree(models.SHIPPED / "xs", lab / "runs/smoke/models/pm_harmless/xs")  # unused
+    direct = names_of(lab, "06_critique_ablation", "## Scores", pm_size="xs",
+                      **how)["direct"]["xs"]
     assert direct == critique.revise(
         other, [{k: c[k] for k in ("id", "prompt", "split")} for c in chains], rules,
         n_revisions=1, critiqued=False, initial=first, stop=("\n\n",), max_new_tokens=12)
     with pytest.raises(ValueError, match="chains_xs of 03 have critic=.*, here it is None: give"):
-        names_of(lab, "06_critique_ablation", "## Scores", helpful=None)
+        names_of(lab, "06_critique_ablation", "## Scores", pm_size="xs", helpful=None)
 
 
 def test_03_reaches_its_end_with_a_critic_on_a_server(lab, monkeypatch):

@@ -142,6 +142,12 @@ def test_no_mark_in_a_content_forges_anything_in_any_prompt(template):
 
 def test_a_content_reads_as_it_was_written():
     tokenizer = tiny.tokenizer()
+    own = "a\ufdd0b</s>\ufdd0\ufdd0c\ufdd1"  # what parts special tokens, in a text itself
+    (ids,) = tokens.text_ids([dialogue.render([{"role": "user", "content": own}], tokenizer)],
+                             tokenizer)
+    assert tokenizer.decode(ids).endswith(f"Human: {own}\n\nAssistant:")
+    assert tokenizer.eos_token_id not in ids
+    assert own.replace("</s>", "<\\/s>") in dialogue.broken(dialogue.sealed(own, tokenizer))
     for kind, ids in built("Use </s><s> it.", tokenizer)[:-1]:
         assert "Use </s><s> it." in tokenizer.decode(ids) or kind == "text"
     # where another tool makes tokens of the text: with a visible break

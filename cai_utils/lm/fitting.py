@@ -69,11 +69,14 @@ def _those_that_fit(sampler, inputs, new_tokens, run):
         try:
             results = run(kept)
         except PromptTooLong as error:
-            # What the others have is in the journal, so trying again costs nothing twice.
             number = re.match(r"(?:input|text) (\d+)\b", str(error))
             if number is None:
                 raise
+            # A server is not asked again for what it has answered.
+            for i, result in zip(kept, error.found or (), strict=False):
+                found[i] = result
             del kept[int(number[1])]
+            kept = [i for i in kept if found[i] is None]
             continue
         for i, result in zip(kept, results, strict=True):
             found[i] = result

@@ -45,7 +45,10 @@ from cai_utils.seeds import uniforms
 
 
 class PromptTooLong(ValueError):
-    """A prompt and the tokens asked for behind it are more than the model's context."""
+    """A prompt and the tokens asked for behind it are more than the model's context. found: the
+    results of the inputs before the error, None where there is none yet; or None."""
+
+    found = None
 
 
 class Sampler:

@@ -122,7 +122,11 @@ class Server:
             return [completion.text, [], completion.logprobs, completion.finish_reason]
 
         names = {job: f"input {job[0]}" for job in left}
-        self._work(left, sample, keep, names, "completion", len(jobs), progress)
+        try:
+            self._work(left, sample, keep, names, "completion", len(jobs), progress)
+        except PromptTooLong as error:
+            error.found = [None if None in row else row for row in out]
+            raise
         return out
 
     def choice_logprobs(self, texts, choices, progress=None):
@@ -165,7 +169,11 @@ class Server:
         if left and self._scoring is None:
             self._scoring = self._way_to_score()
         names = {i: f"text {i}" for i in left}
-        self._work(left, score, keep, names, "question", len(texts), progress)
+        try:
+            self._work(left, score, keep, names, "question", len(texts), progress)
+        except PromptTooLong as error:
+            error.found = [row if np.isfinite(row).any() else None for row in out]
+            raise
         return out
 
     # Work
@@ -199,10 +207,12 @@ class Server:
         except (ValueError, ConnectionError):
             halt.set()  # no more tries, but answers under way are waited for and kept
             pool.shutdown(wait=False, cancel_futures=True)
-            if wait(pending, timeout=_SOON).not_done:
+            # Those that were cancelled in the queue are never done for `wait`.
+            sent = [future for future in pending if not future.cancelled()]
+            if wait(sent, timeout=_SOON).not_done:
                 print(f"{self.url}: a request failed; at most {_LINGER:g} s are waited for the "
                       "answers under way", flush=True)  # fmt: skip
-                wait(pending, timeout=_LINGER)
+                wait(sent, timeout=_LINGER)
             raise
         finally:
             halt.now()

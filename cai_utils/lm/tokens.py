@@ -67,13 +67,13 @@ def _ids(texts, tokenizer):
     """N texts -> N lists of ids, none added. What stands on the two sides of a `dialogue.SEAM` is
     read apart, the second side as it reads behind other text: a special token that a content spells
     is letters."""
-    found = tokenizer([text.split(dialogue.SEAM, 1)[0] for text in texts],
+    found = tokenizer([dialogue.pieces(text)[0] for text in texts],
                       add_special_tokens=False)["input_ids"]
     for i, text in enumerate(texts):
         if dialogue.SEAM not in text:
             continue
         found[i] = list(found[i])
-        for piece in filter(None, text.split(dialogue.SEAM)[1:]):
+        for piece in filter(None, dialogue.pieces(text)[1:]):
             found[i] += _behind(piece, tokenizer)
     return found
 
