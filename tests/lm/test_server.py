@@ -487,10 +487,10 @@ def test_what_is_answered_beside_prompts_that_are_too_long_is_not_asked_again(mo
         asked[body["prompt"], body.get("seed")] += 1
         if "long" in body["prompt"]:
             raise Refused("HTTP 400: maximum context length", 400, "maximum context length is 9")
-        time.sleep(0.01)  # so that requests wait for a thread when one is refused
+        time.sleep(0.02)  # so that requests wait for a thread when one is refused
         return {"choices": [{"text": body["prompt"], "finish_reason": "stop"}]}
 
-    server = Server("http://127.0.0.1:1/v1", "m", form="transcript", concurrency=2)
+    server = Server("http://127.0.0.1:1/v1", "m", form="transcript", concurrency=8)
     monkeypatch.setattr(server.endpoint, "post", post)
     inputs = [f"long {i}" if i in (10, 20, 39) else f"text {i}" for i in range(40)]
     began = time.monotonic()
