@@ -253,7 +253,7 @@ def _token_marks(tokenizer):
     """(special tokens as a regular expression, other `Marks` of the chat template, ids of special
     tokens that a normalizer may write) of a tokenizer, kept while they are the same."""
     template = str(getattr(tokenizer, "chat_template", None) or "")
-    known = hasattr(tokenizer, "added_tokens_decoder")
+    known = hasattr(type(tokenizer), "added_tokens_decoder")  # to read it takes long
     if not known and not template:
         return _FAMILIES, Marks(), set()
     names = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "eos_token", None)

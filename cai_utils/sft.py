@@ -65,6 +65,10 @@ def tokenize(rows, tokenizer, max_length=512):
     conversations, texts = [], []
     for i, row in enumerate(rows):
         if row.get("messages"):
+            if not (isinstance(row["messages"], list | tuple)
+                    and all(isinstance(m, dict) for m in row["messages"])):
+                raise ValueError(f"SFT row {i}: 'messages' has to be a list of messages, not "
+                                 f"{row['messages']!r:.80}")
             last = row["messages"][-1]
             if last.get("role") != "assistant" or not str(last.get("content") or "").strip():
                 raise ValueError(
@@ -75,6 +79,9 @@ def tokenize(rows, tokenizer, max_length=512):
                 raise ValueError(f"SFT row {i}: no prompt before the assistant turn")
             conversations.append(i)
         elif isinstance(row.get("text"), str) and row["text"].strip():
+            if not isinstance(row.get("context") or "", str):
+                raise ValueError(f"SFT row {i}: 'context' has to be a text, not "
+                                 f"{row['context']!r:.80}")
             texts.append(i)
         else:
             raise ValueError(f"SFT row {i}: needs 'messages' or 'text', has {sorted(row)}")

@@ -124,6 +124,9 @@ def test_long_prompt_loses_its_beginning_and_the_response_stays_whole(capsys):
     ({"messages": say("a", "  ")}, "not empty"),
     ({"messages": say("a", "b")[1:]}, "no prompt"),
     ({"prompt": "a"}, "needs 'messages' or 'text'"),
+    ({"messages": "x"}, "'messages' has to be a list of messages"),
+    ({"messages": ["a", "b"]}, "'messages' has to be a list of messages"),
+    ({"text": "a", "context": 5}, "'context' has to be a text"),
 ])
 def test_a_bad_row_is_named(row, word):
     with pytest.raises(ValueError, match=f"row 1.*{word}"):
