@@ -68,7 +68,8 @@ def completion(choice, as_text, strings=(), usage=None):
         named = [choice[k] for k in ("stop_reason", "matched_stop") if k in choice]
     if not isinstance(text, str):
         raise ValueError(f"the server's answer is {reprlib.repr(text)}, which is no text; look at "
-                         "the server (its parsers of reasoning and tools, where it is None)")
+                         "the server (its parsers of reasoning and tools, where it is None), raise "
+                         "max_new_tokens for a model that thinks first, or leave the row out")
     for logprob in logprobs:
         if not _is_number(logprob) or not _IMPOSSIBLE < logprob <= 0.01:
             raise ValueError(f"the server gives {reprlib.repr(logprob)} as log-probability of a "
@@ -92,7 +93,7 @@ def _content(choice, usage):
     reason, ended = choice.get("finish_reason"), choice.get("matched_stop")
     made = usage.get("completion_tokens") if isinstance(usage, dict) else None
     empty = (
-        reason in ("tool_calls", "content_filter")
+        reason in ("tool_calls", "function_call", "content_filter")
         or message.get("reasoning_content") or message.get("reasoning")
         or reason == "stop" and (made in (0, 1) or isinstance(ended, str))
     )
