@@ -198,6 +198,8 @@ def contents(root, profile):
         if name.endswith("/finished.json"):  # a history, and checksums of it
             record = json.loads(data)
             record["history"] = _timeless(record["history"])
+            for folder in ("policy_spec", "pm_folder"):  # their files are here themselves
+                record["key"].pop(folder)
             kept = {k: v for k, v in record.items() if k not in ("table", "check")}
             data = json.dumps(kept).encode()
         dated = name.startswith("executed/") or name.endswith(
