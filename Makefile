@@ -1,7 +1,7 @@
 # From a clean clone: `make figures` or `make test`. Needs Python 3.11 (and its venv), git, make.
 
 # Minutes on 2 cores without bf16, shown before each step.
-MINUTES := env:3 figures:26 test:15 kills:19
+MINUTES := env:3 figures:26 test:12 kills:19
 
 PYTHON  ?= python3.11
 PROFILE ?= miniature

@@ -14,6 +14,7 @@ import pytest
 
 from cai_utils import constitution, multiple_choice
 from cai_utils.data import load
+from cai_utils.evaluation import escape
 from cai_utils.experiment import params
 
 
@@ -174,7 +175,7 @@ def test_notebook_01_goes_on_without_the_files_of_figure_12(
     values = params.all_params(ROOT, "01_harm_identification", "smollm2")
     names = {**values, "params": params, "load_questions": load.load_questions, "run":
              SimpleNamespace(dir=tmp_path), "multiple_choice": multiple_choice,
-             "load_constitution": constitution.load,
+             "load_constitution": constitution.load, "visible": escape.visible,
              "models": SimpleNamespace(parameters=lambda *_: 1)}
     if left_out is None:
         with pytest.raises(FileNotFoundError, match="438HHHEvaluations"):

@@ -309,7 +309,8 @@ def test_a_prompt_beyond_the_context_is_told_apart(status, said):
 # ^C
 
 WAITS = """
-import sys, types
+import signal, sys, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 class Any(types.ModuleType):  # torch takes seconds to import, and none of it is needed
     def __getattr__(self, name):
         return type(name, (ValueError,), {})
