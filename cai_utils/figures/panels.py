@@ -220,13 +220,14 @@ def running(ax, x, y, label, color, dashes="-", low=None, high=None, log=False):
     """A noisy curve: the values faintly, their running mean, and a band around that mean.
 
     The band is the 95 % interval of the mean of a window, from the spread of the values around it.
-    With `log` both are those of the logarithm, so that a falling loss keeps a band above 0.
+    With `log` both are those of the logarithm, so that a falling loss keeps a band above 0; values
+    of 0 or less have none and are left out.
     -> the window, 0 where the table brings its own interval, 1 where there are too few points.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     back = np.exp if log else np.asarray
     if log:
-        y, low, high = (v if v is None else np.log(np.asarray(v, float)) for v in (y, low, high))
+        y, low, high = (v if v is None else _log(v) for v in (y, low, high))
     window, middle = (0 if low is not None else 1), y
     if low is None and len(y) >= ENOUGH:
         window = max(3, len(y) // 10)
@@ -243,6 +244,11 @@ def running(ax, x, y, label, color, dashes="-", low=None, high=None, log=False):
         band.set_gid("interval")
     ax.plot(x, back(middle), color=color, linestyle=dashes, label=shown(label))
     return window
+
+
+def _log(values):
+    values = np.asarray(values, float)
+    return np.log(np.where(values > 0, values, np.nan))
 
 
 def band_note(windows):

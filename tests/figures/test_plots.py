@@ -1,3 +1,5 @@
+import warnings
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -401,6 +403,18 @@ def test_running_mean_covers_the_curve_below_the_noise():
     low, high = band.vertices[1:401, 1], band.vertices[402:802, 1][::-1]
     assert window == 40 and np.mean((low <= truth) & (truth <= high)) > 0.8
     assert np.median(high - low) == pytest.approx(2 * 1.96 * 0.1 / 40**0.5, rel=0.15)
+
+
+def test_a_loss_of_zero_is_left_out_of_a_logarithmic_curve():
+    fig, ax = plt.subplots()
+    y = np.full(60, 2.0)
+    y[30] = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        panels.running(ax, np.arange(60), y, "", "k", log=True)
+    assert np.isnan(ax.lines[0].get_ydata()[30])
+    assert ax.lines[1].get_ydata() == pytest.approx(np.full(60, 2.0))
+    plt.close(fig)
 
 
 def test_rl_curves_take_short_names():
