@@ -60,8 +60,9 @@ def main(folder) -> None:
         for row in own:
             print(f"{row['seconds']:9.1f}  {row['stage']}")
     ended = max(row["ended"] for row in order)
+    whole = (ended - order[0]["began"]).total_seconds()
     print(f"{sum(row['seconds'] for row in rows) / 60:.1f} minutes in notebooks, "
-          f"{(ended - order[0]['began']).total_seconds() / 60:.1f} minutes from the first to the last")
+          f"{whole / 60:.1f} minutes from the first to the last")
 
 
 if __name__ == "__main__":
