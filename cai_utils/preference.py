@@ -187,9 +187,10 @@ class Scorer:
 
     `model`: a folder (or any spec of `models.load`) that `train` wrote, or a live model with
     its `tokenizer`. Batches hold sequences of similar length, at most `batch_tokens` tokens
-    with padding (None: 4,096 on a CPU, whose caches hold no more, and 16,384 elsewhere). A conversation over `max_length` tokens (None: the model's positions) loses the
-    first tokens of its prompt. ValueError when the folder holds no PM, and in scoring, naming model
-    and rows, for a score that is not finite.
+    with padding (None: 4,096 on a CPU, whose caches hold no more, and 16,384 elsewhere). A
+    conversation over `max_length` tokens (None: the model's positions) loses the first tokens of
+    its prompt. ValueError when the folder holds no PM, and in scoring, naming model and rows, for a
+    score that is not finite.
     """
 
     def __init__(self, model, tokenizer=None, *, batch_tokens=None, max_length=None, runs_dir=None,
