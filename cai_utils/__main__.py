@@ -65,6 +65,8 @@ def redraw_arguments(command) -> None:
     command.add_argument("--from", dest="source", default="figures", choices=("figures", "runs"),
                          help="whose tables")
     command.add_argument("--out", help="another folder to draw into")
+    command.add_argument("--if-changed", action="store_true",
+                         help="only figures that are older than their tables or the code")
 
 
 def redraw(options) -> None:
@@ -75,7 +77,7 @@ def redraw(options) -> None:
     for folder in ("runs", "figures"):
         locks.remove_leftovers(root / folder / check_profile(root, options.profile))
     folder = reference.redraw(root, options.profile, options.figure, options.style,
-                              options.source, options.out)
+                              options.source, options.out, options.if_changed)
     print(f"figures are in {os.path.relpath(folder)}")
 
 

@@ -187,12 +187,13 @@ class Scorer:
 
     `model`: a folder (or any spec of `models.load`) that `train` wrote, or a live model with
     its `tokenizer`. Batches hold sequences of similar length, at most `batch_tokens` tokens
-    with padding. A conversation over `max_length` tokens (None: the model's positions) loses the
-    first tokens of its prompt. ValueError when the folder holds no PM, and in scoring, naming model
-    and rows, for a score that is not finite.
+    with padding (None: 4,096 on a CPU, whose caches hold no more, and 16,384 elsewhere). A
+    conversation over `max_length` tokens (None: the model's positions) loses the first tokens of
+    its prompt. ValueError when the folder holds no PM, and in scoring, naming model and rows, for a
+    score that is not finite.
     """
 
-    def __init__(self, model, tokenizer=None, *, batch_tokens=16384, max_length=None, runs_dir=None,
+    def __init__(self, model, tokenizer=None, *, batch_tokens=None, max_length=None, runs_dir=None,
                  dtype="float32"):
         spec = None
         if tokenizer is None:
@@ -205,7 +206,8 @@ class Scorer:
             raise ValueError(f"a {type(model).__name__} has no score head: "
                              "load it with models.load(spec, head='score')")
         self.pad_id = models.pad_apart_from_eos(model, tokenizer)
-        self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_tokens = batch_tokens or (4096 if model.device.type == "cpu" else 16384)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         limits = (max_length, positions, longest_of(model.config))
         self.max_length = min(n or 10**9 for n in limits)

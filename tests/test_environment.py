@@ -174,7 +174,8 @@ def test_make_figures_passes_profile_pretrain_and_threads(clone):
     assert first[first.index("--config") :] == [
         "--config", "profile=smoke", "threads=2", "pretrain=true", "--forcerun", "00_miniature"]
     assert "--rerun-incomplete" in first and "--nolock" in first
-    assert second == ["-m", "cai_utils", "redraw", "--profile=smoke", "--from", "runs"]
+    assert second == ["-m", "cai_utils", "redraw", "--profile=smoke", "--from", "runs",
+                      "--if-changed"]
     assert "make publish PROFILE=smoke" in done.stdout
     make("figures", "PRETRAIN=0", folder=clone)
     assert "pretrain=true" not in calls(clone)[2]
@@ -229,8 +230,34 @@ if [ $step = {at} ] && [ ! -e killed ]; then
     second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 0 and "made anew" in second.stdout, second.stdout + second.stderr
     assert not (clone / ".venv" / "half").exists()
-    assert (clone / "calls").read_text().split()[-3:] == ["venv", "pip", "editable"]
+    # Three parts of the lock at a time, then all of it.
+    assert (clone / "calls").read_text().split()[-6:] == ["venv", *["pip"] * 4, "editable"]
     assert {p.name for p in (clone / ".venv").iterdir()} == {"bin", ".installed"}
+
+
+@pytest.mark.parametrize("end, mended", [("exit 1", True), ("kill -9 $$", False)])
+def test_a_part_of_the_lock_that_fails_is_installed_at_last(clone, end, mended):
+    shutil.rmtree(clone / ".venv")
+    python = clone / "python"
+    python.write_text(f"""#!/bin/bash
+if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi
+for last; do :; done
+case "$*" in
+  *venv*) mkdir -p .venv/bin; cp python .venv/bin/python;;
+  *-r*) [ "$last" = requirements.lock ] || {{ sed 's/$/;/' "$last" >>parts; {end}; }}
+        echo "$last" >>calls;;
+esac
+""")
+    python.chmod(0o755)
+    done = subprocess.run(["make", "-C", str(clone), "env", "PYTHON=./python"],
+                          capture_output=True, text=True)
+    assert (done.returncode == 0) == mended, done.stdout + done.stderr
+    # Each package is in one part.
+    parts = sorted((clone / "parts").read_text().replace("\n", "").split(";")[:-1])
+    assert parts == sorted(line for line in (ROOT / "requirements.lock").read_text().splitlines()
+                           if line[0] != "#")
+    assert (clone / "calls").exists() == mended
+    assert ((clone / ".venv" / ".installing").exists()) != mended
 
 
 def test_two_installations_at_a_time_are_one_too_many(clone):

@@ -3,6 +3,8 @@ calibration (paper 4.1, 4.3, Figure 9)."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import torch
@@ -14,6 +16,23 @@ from cai_utils.evaluation.tables import finite, summarize
 from cai_utils.preference import soft_preference_loss
 
 _COLUMNS = ["labels", "p", "y"]
+
+
+class Once:
+    """A PM (`preference.Scorer`) with a memory: it scores a conversation that comes again, in
+    another test or as an unchanged revision, only once."""
+
+    def __init__(self, scorer):
+        self.scorer, self.known = scorer, {}
+
+    def score(self, conversations):
+        """As `preference.Scorer.score`, for conversations as messages."""
+        texts = [json.dumps(c) for c in conversations]
+        new = {t: c for t, c in zip(texts, conversations, strict=True) if t not in self.known}
+        if new:
+            scores = self.scorer.score([*new.values()])
+            self.known |= zip(new, scores, strict=True)
+        return np.array([self.known[t] for t in texts], dtype=float)
 
 
 def by_truth(comparisons, judge, axis=None) -> list[dict]:
@@ -100,6 +119,7 @@ def pm_agreement(scorers, tests) -> pd.DataFrame:
     """
     tables = [pd.DataFrame(columns=["labels", "test", "id", "right"])]
     for name, scorer in scorers.items():
+        scorer = Once(scorer)
         for test, rows in tests.items():
             ids = [dialogue.transcript(row["prompt"]) for row in rows]
             both = [row["prompt"] + row[k] for k in ("chosen", "rejected") for row in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from cai_utils import dialogue
+from cai_utils.evaluation.agreement import Once
 from cai_utils.evaluation.escape import cell
 from cai_utils.evaluation.tables import finite, summarize
 
@@ -41,7 +42,7 @@ def chains_long(chains, judge=None, retained=None, scorers=None) -> pd.DataFrame
     conversations = [dialogue.with_response(c["prompt"], text) for c in chains
                      for text in c["responses"]]
     for axis, scorer in (scorers or {}).items():
-        long[f"PM:{axis}"] = scorer.score(conversations)
+        long[f"PM:{axis}"] = Once(scorer).score(conversations)
     for column in long:  # nothing may be left: retained is None
         if column.startswith(("PM:", "truth:")) and column != "truth:retained":
             finite(long[column], column, long["id"])

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse.csgraph import connected_components
 
-from cai_utils import dialogue, preference
+from cai_utils import dialogue
 from cai_utils.evaluation import stats
 from cai_utils.experiment import registry
 from cai_utils.seeds import stream
@@ -209,6 +209,8 @@ def pm_compare(scorers):
 
     scorers: {axis: preference.Scorer or folder of a PM}. A conversation is scored once.
     """
+    from cai_utils import preference  # it imports all that trains PMs
+
     loaded = {axis: s if hasattr(s, "score") else preference.Scorer(s)
               for axis, s in scorers.items()}
     known = {}

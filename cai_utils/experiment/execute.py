@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 from cai_utils.experiment import kinds
@@ -75,6 +76,8 @@ def execute(root, notebook: str, params: dict, name: str) -> Path:
     It appears as runs/<profile>/executed/<name>.ipynb only when it ran to its end. One that failed
     stays as <name>.failed.ipynb, and RuntimeError says in which cell and why.
     """
+    # jsonschema builds this parser of addresses on import, in 1.3 s; nothing here uses it.
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError

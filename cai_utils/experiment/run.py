@@ -284,7 +284,7 @@ class Run:
         stamp.remove_overwritten(self.dir, name, self.made)
         if self._wandb is not None:
             with contextlib.suppress(Exception):
-                self._wandb.finish(quiet=True)
+                self._wandb.finish()
             self._wandb = None
 
     def _now(self) -> dict:

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import pandas as pd
 
 from cai_utils.evaluation.samples import panels_of
@@ -151,6 +154,20 @@ def drawable(folder) -> list[str]:
     there = [n for n in names if all((Path(folder) / f"{t}.csv").is_file() for t in tables_of(n))]
     first = {name: _frames(name, folder)[0] for name in there}
     return [n for n, frame in first.items() if len(frame) and {*drawing(n).columns} <= {*frame}]
+
+
+def outdated(name: str, tables, folder) -> bool:
+    """Whether a figure is missing in `folder`, or older than one of its tables, than a loaded
+    module of this package, or than matplotlib."""
+    made = [Path(folder) / f"{name}.{ending}" for ending in ("png", "pdf")]
+    if not all(path.is_file() for path in made):
+        return True
+    modules = [m.__file__ for n, m in [*sys.modules.items()]
+               if n.split(".")[0] == "cai_utils" and getattr(m, "__file__", None)]
+    sources = [*(Path(tables) / f"{table}.csv" for table in tables_of(name)), *modules,
+               matplotlib.__file__]
+    newest = max(os.stat(path).st_mtime_ns for path in sources)
+    return min(path.stat().st_mtime_ns for path in made) < newest
 
 
 def redraw(tables, folder, names=None, own_style=None) -> list[Path]:

@@ -1,5 +1,7 @@
 """Labels and PMs against the truth."""
 
+import numpy as np
+
 from cai_utils.evaluation import agreement
 
 PROMPT = [{"role": "user", "content": "How do I do it?"}]
@@ -28,3 +30,19 @@ def test_by_truth_turns_labels_that_are_wrong_and_drops_ties():
     for axis, best in ((None, "bad good good"), ("harmless", "good")):
         (one,) = agreement.by_truth([mixed], judge, axis)
         assert one["chosen"][0]["content"] == best
+
+
+def test_a_conversation_that_comes_again_is_scored_once():
+    asked = []
+
+    class Counting:
+        def score(self, conversations):
+            asked.extend(conversations)
+            return np.array([float(len(c[-1]["content"])) for c in conversations])
+
+    one, two, three = ([{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+                       for text in ("a", "bb", "ccc"))
+    once = agreement.Once(Counting())
+    assert once.score([two, one, two]).tolist() == [2, 1, 2]
+    assert once.score([three, one]).tolist() == [3, 1] and once.score([]).tolist() == []
+    assert asked == [two, one, three]

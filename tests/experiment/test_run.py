@@ -524,7 +524,9 @@ def test_wandb_is_offline_by_default_and_never_in_the_way(lab, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     run = experiment.start("04_revisions", {"profile": "mini", "seed": 1})
     run.log({"score": 1.0})
+    assert sys.modules["wandb"].run is not None
     run.finish()
+    assert sys.modules["wandb"].run is None
     folders = [p.name for p in (lab / "runs" / "mini" / "wandb").iterdir()]
     assert any(name.startswith("offline-run-") for name in folders)
     record = json.loads(

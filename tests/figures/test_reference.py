@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -79,6 +80,25 @@ def test_notebooks_drawings_and_claims_name_the_same_figures():
     for name in ("rl_change_rl_cai_m", "rl_scores_rl_cai_m", "rl_nothing_m"):
         with pytest.raises(ValueError, match="unknown figure"):
             redraw.drawing(name)
+
+
+def test_a_figure_is_drawn_again_where_its_table_or_the_code_is_newer(tmp_path, monkeypatch):
+    table = shutil.copy(KEPT / "tables" / "pretraining_curves.csv", tmp_path)
+    (figure,) = redraw.redraw(tmp_path, tmp_path, ["pretraining_curves"])
+    state = "pretraining_curves", tmp_path, tmp_path
+    later = figure.stat().st_mtime_ns + 10**9
+    code = tmp_path / "plots.py"
+    code.touch()
+    os.utime(code, ns=(0, 0))
+    monkeypatch.setattr(redraw.plots, "__file__", str(code))
+    assert not redraw.outdated(*state)
+    for source in (table, code):
+        os.utime(source, ns=(later, later))
+        assert redraw.outdated(*state)
+        os.utime(source, ns=(0, 0))
+        assert not redraw.outdated(*state)
+    figure.with_suffix(".pdf").unlink()
+    assert redraw.outdated(*state)
 
 
 def test_calibration_is_that_of_the_size_of_the_run(tmp_path):
