@@ -25,11 +25,12 @@ def run_miniature(rounds, quick):
     run here. `whole` is from the first start to the last end."""
     folder = Path(repo_root()) / "runs" / "miniature"
     rows = durations.stages(folder)
-    left = [*(folder / "executed").glob("*.running.ipynb"), *(folder / "executed").glob("*.failed*")]
+    done = folder / "executed"
+    left = [*done.glob("*.running.ipynb"), *done.glob("*.failed.ipynb")]
     if left:
         raise FileNotFoundError(f"{left[0]}: the run is not finished; `make figures` goes on")
     began, ended = ([r[k] for r in durations.runs(folder)] for k in ("began", "ended"))
-    record = read_json(folder / "executed" / f"{rows[-1]['run']}.provenance.json")
+    record = read_json(done / f"{rows[-1]['run']}.provenance.json")
     where = {"machine": measure.cpu(record["machine"], "float32"),
              "commit": record["git"]["commit"][:12] + "+" * bool(record["git"]["dirty"])}
     whole = (max(ended) - min(began)).total_seconds()
