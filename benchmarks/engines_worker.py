@@ -64,6 +64,8 @@ def vllm(settings):
 def llamacpp(settings):
     import llama_cpp as lib  # the C functions; the package's loop over them is slower
 
+    quiet = lib.llama_log_callback(lambda *_: None)  # referred to as long as the library lives
+    lib.llama_log_set(quiet, None)
     lib.llama_backend_init()
     model = lib.llama_model_load_from_file(
         settings["model"].encode(), lib.llama_model_default_params())

@@ -3,6 +3,7 @@
 Every function returns rows: {"results": [...], "growth": [...], "limits": [...]}.
 """
 
+import functools
 import random
 from pathlib import Path
 
@@ -125,6 +126,7 @@ BENCHES = {
 # Ours
 
 
+@functools.cache
 def load(spec):
     runs_dir = Path(repo_root()) / "runs" / "miniature"
     return Sampler.from_spec(spec, runs_dir=runs_dir)

@@ -160,12 +160,12 @@ def sft_ours(s):
 
 def trl_settings(s, seed):
     """Of trl: its defaults, but for what both sides share, and what is measured."""
-    return dict(
-        output_dir=str(Path(s["folder"]) / "trl"), per_device_train_batch_size=s["batch"],
-        num_train_epochs=1, learning_rate=s["lr"], max_length=s["longest"], report_to="none",
-        save_strategy="no", use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
-        logging_steps=s["log_every"], seed=seed, **s["peer"],
-    )  # fmt: skip
+    return {
+        "output_dir": str(Path(s["folder"]) / "trl"), "per_device_train_batch_size": s["batch"],
+        "num_train_epochs": 1, "learning_rate": s["lr"], "max_length": s["longest"],
+        "report_to": "none", "save_strategy": "no", "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True, "logging_steps": s["log_every"], "seed": seed, **s["peer"],
+    }  # fmt: skip
 
 
 def trained(trainer):
