@@ -182,8 +182,8 @@ def world_conversations(count, tokenizer, longest):
     return datasets.demonstrations(random.Random(1), count)
 
 
-# trl's SFTTrainer as it is fastest here of all that its documentation allows on a CPU (packing and
-# padding_free need FlashAttention there, which no CPU has).
+# trl's SFTTrainer as it was fastest of all that its documentation offers on a CPU. Packing, which
+# it offers with FlashAttention alone, ran with SDPA, and was slower (see README.md).
 SFT_PEER = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
 MINIATURE = {"batch": 16, "longest": 256, "lr": 5e-4}
 REAL = {"batch": 8, "longest": 512, "lr": 1e-4, "rows": 48, "parts": 8}
