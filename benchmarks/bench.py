@@ -30,7 +30,7 @@ def run_miniature(rounds, quick):
     if left:
         raise FileNotFoundError(f"{left[0]}: the run is not finished; `make figures` goes on")
     began, ended = ([r[k] for r in durations.runs(folder)] for k in ("began", "ended"))
-    record = read_json(done / f"{rows[-1]['run']}.provenance.json")
+    record = read_json(done / f"{rows[0]['run']}.provenance.json")
     where = {"machine": measure.cpu(record["machine"], "float32"),
              "commit": record["git"]["commit"][:12] + "+" * bool(record["git"]["dirty"])}
     whole = (max(ended) - min(began)).total_seconds()
