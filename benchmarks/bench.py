@@ -4,27 +4,42 @@ python benchmarks/bench.py [NAME ...] [--rounds 5] [--quick] [--out benchmarks]
 """
 
 import argparse
-import csv
+import datetime
 import sys
+import time
 from pathlib import Path
 
+import durations
+import engines
+import measure
 import sampling
+import tables
+import torch
 import training
 
-BENCHES = {**sampling.BENCHES, **training.BENCHES}
-COLUMNS = {
-    "results": ["name", "ours", "peer", "unit", "ratio", "ratio_low", "ratio_high", "machine",
-                "commit"],
-    "growth": ["name", "batch", "prompt_tokens", "new_tokens", "ours", "peer", "unit", "ratio",
-               "machine", "commit"],
-    "memory": ["name", "ours", "peer", "unit", "machine", "commit"],
-    "losses": ["name", "step", "turns", "ours", "peer", "unit", "machine", "commit"],
-    "limits": ["name", "gflops", "gflops_peak", "gflops_share", "gbs", "gbs_peak", "gbs_share",
-               "machine", "commit"],
-}  # fmt: skip
-KEY = {"results": ("name", "machine"), "limits": ("name", "machine"),
-       "memory": ("name", "machine"), "losses": ("name", "step", "machine"),
-       "growth": ("name", "batch", "prompt_tokens", "new_tokens", "machine")}  # fmt: skip
+from cai_utils.experiment.files import read_json, repo_root
+
+
+def run_miniature(rounds, quick):
+    """Minutes of each notebook of the finished run in runs/miniature, and of its stages; nothing is
+    run here. `whole` is from the first start to the last end."""
+    folder = Path(repo_root()) / "runs" / "miniature"
+    rows = durations.stages(folder)
+    done = folder / "executed"
+    left = [*done.glob("*.running.ipynb"), *done.glob("*.failed.ipynb")]
+    if left:
+        raise FileNotFoundError(f"{left[0]}: the run is not finished; `make figures` goes on")
+    began, ended = ([r[k] for r in durations.runs(folder)] for k in ("began", "ended"))
+    record = read_json(done / f"{rows[0]['run']}.provenance.json")
+    where = {"machine": measure.cpu(record["machine"], "float32"),
+             "commit": record["git"]["commit"][:12] + "+" * bool(record["git"]["dirty"])}
+    whole = (max(ended) - min(began)).total_seconds()
+    rows = [{"run": "whole", "stage": "", "seconds": whole}, *rows]
+    return {"run": [{**r, "minutes": r["seconds"] / 60, **where} for r in rows]}
+
+
+BENCHES = {**sampling.BENCHES, **training.BENCHES, **engines.BENCHES,
+           "run_miniature": run_miniature}  # fmt: skip
 
 
 def main(arguments=None):
@@ -33,58 +48,44 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=5, help="measured runs of each side")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--lowest", action="store_true",
+                        help="measure nothing; print the lowest ratio of each name and machine")
     options = parser.parse_args(arguments)
+    if options.lowest:
+        for row in tables.lowest(tables.read(options.out / "results.csv")):
+            if row["name"] in options.names or not options.names:
+                print(*(row[k] for k in ("name", "ratio", "date", "machine")), sep="\t")
+        return
     unknown = set(options.names) - set(BENCHES)
     if unknown:
         known = ", ".join(BENCHES)
         sys.exit(f"error: no benchmark {', '.join(sorted(unknown))}; there are {known}")
     for name in options.names or BENCHES:
+        began = time.perf_counter()
         try:
             made = BENCHES[name](1 if options.quick else options.rounds, options.quick)
         except FileNotFoundError as error:
             print(f"{name}: skipped: {error}", flush=True)
             continue
+        first = next(iter(made.values()))[0]
+        speed = speed_of(first["machine"], 0.1 if options.quick else 1.0)
         for kind, rows in made.items():
-            write(options.out / f"{kind}.csv", kind, rows)
-        for row in made["results"]:
+            more = speed if "date" in tables.COLUMNS[kind] else {}
+            tables.write(options.out / f"{kind}.csv", kind, [{**row, **more} for row in rows])
+        for row in made.get("results", []):
             print(f"{row['name']}: {row['ours']:.4g} against {row['peer']:.4g} {row['unit']}, "
-                  f"{row['ratio']:.2f} times ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
+                  f"{row['ratio']:.2f} times ({row['ratio_low']:.2f} to {row['ratio_high']:.2f}); "
+                  f"{time.perf_counter() - began:.0f} s",
                   flush=True)  # fmt: skip
-    readme(options.out)
+    tables.readme(options.out)
 
 
-def write(path, kind, rows):
-    """Put rows into a CSV: each replaces the row with its key (KEY), all others stay."""
-    known = {}
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8") as file:
-            known = {tuple(r[k] for k in KEY[kind]): r for r in csv.DictReader(file)}
-    for row in rows:
-        row = {k: f"{row[k]:.4g}" if isinstance(row[k], float) else row[k] for k in COLUMNS[kind]}
-        known[tuple(str(row[k]) for k in KEY[kind])] = row
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS[kind], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(known.values())
-
-
-def readme(folder):
-    """Put the tables into README.md, between its marks."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return
-    text = path.read_text(encoding="utf-8")
-    for kind, columns in COLUMNS.items():
-        begin, end = f"<!-- {kind} -->\n", f"<!-- end of {kind} -->"
-        if begin not in text or not (folder / f"{kind}.csv").is_file():
-            continue
-        with open(folder / f"{kind}.csv", newline="", encoding="utf-8") as file:
-            rows = [[r[k] for k in columns] for r in csv.DictReader(file)]
-        lines = ["| " + " | ".join(r) + " |" for r in [columns, ["---"] * len(columns), *rows]]
-        head, rest = text.split(begin)
-        text = head + begin + "\n" + "\n".join(lines) + "\n\n" + end + rest.split(end)[1]
-    path.write_text(text, encoding="utf-8")
+def speed_of(machine, seconds):
+    """`tables.SPEED` now: the hour (UTC), and the machine's peaks in the dtype of a row."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peaks = measure.peaks(getattr(torch, machine.rpartition(", ")[2]), device, seconds)
+    hour = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %Hh")
+    return dict(zip(tables.SPEED, (hour, *peaks), strict=True))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,15 @@
 """How benchmarks measure: two ways to do the same work in turn, and the peak of the machine."""
 
+import atexit
+import contextlib
+import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -10,19 +18,26 @@ from cai_utils.experiment import files, provenance
 
 def side_by_side(ours, peer, rounds):
     """Run ours(seed) and peer(seed) in turn, each first in every other round, after one unmeasured
-    run of each. Both return the amount of work done (completions, tokens, questions).
+    run of each. Both return the amount of work done (completions, tokens, questions); a short one
+    is repeated until half a second is over.
 
     Returns ours and peer (medians, per second), ratio (median of the rounds' ratios), ratio_low and
     ratio_high (the smallest and largest of them).
     """
-    def rate(work):
-        def measured(seed):
-            amount, seconds = timed(work, seed)
-            return amount / seconds
-
-        return measured
-
     return rates_side_by_side(rate(ours), rate(peer), rounds)
+
+
+def rate(work, least=0.5):
+    """`work` (seed -> amount) as a function seed -> amount per second."""
+
+    def measured(seed):
+        amount = seconds = 0.0
+        while seconds < least:
+            more, took = timed(work, seed)
+            amount, seconds = amount + more, seconds + took
+        return amount / seconds
+
+    return measured
 
 
 def rates_side_by_side(ours, peer, rounds):
@@ -44,6 +59,48 @@ def rates_side_by_side(ours, peer, rounds):
     }
 
 
+class Worker:
+    """One side of a benchmark in a process of its own, stopped between two turns, so that it uses
+    no core while the other side works. What it does before its first line is not measured."""
+
+    def __init__(self, script, side, settings, path=(), python=sys.executable, env=()):
+        env = {**os.environ, **dict(env)}
+        if path:
+            env["PYTHONPATH"] = os.pathsep.join(map(str, path))
+        self.turns = []  # the worker's report of each
+        self.process = subprocess.Popen(
+            [python, Path(__file__).with_name(script), side, json.dumps(settings)], env=env,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        atexit.register(self.close)
+        self._read()
+
+    def _signal(self, number):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)  # with the processes that it started
+
+    def _read(self):
+        for line in self.process.stdout:
+            if line.startswith("@"):  # the libraries print, too
+                self._signal(signal.SIGSTOP)
+                return json.loads(line[1:])
+        raise RuntimeError(f"{self.process.args[2]} ended with {self.process.wait()}")
+
+    def step(self, task=None):
+        """Lets it do one turn -> its report."""
+        self._signal(signal.SIGCONT)
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        self.turns.append(self._read())
+        return self.turns[-1]
+
+    def close(self):
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
 def timed(work, *arguments):
     """(the result of `work`, seconds)."""
     _wait()
@@ -60,10 +117,14 @@ def _wait():
 
 def machine(model):
     """The `machine` of a row: processor, cores, threads and dtype."""
-    found = provenance.machine()
     dtype = str(model.dtype).removeprefix("torch.")
     if model.device.type == "cuda":
         return f"{torch.cuda.get_device_name(model.device)}, {dtype}"
+    return cpu(provenance.machine(), dtype)
+
+
+def cpu(found, dtype):
+    """The same of a record of `provenance.machine` that this machine made."""
     bf16 = torch.cpu._is_avx512_bf16_supported()
     simd = "AVX512-BF16" if bf16 else torch.backends.cpu.get_cpu_capability()
     return f"{found['cpu']} ({simd}), {found['cores']} cores, {found['threads']} threads, {dtype}"
@@ -75,11 +136,11 @@ def commit():
     return f"{(state['commit'] or 'unknown')[:12]}{'+' if state['dirty'] else ''}"
 
 
-def peaks(model, seconds=1.0):
-    """Measured peak of this machine in the model's dtype: (GFLOP/s of a large matrix product, GB/s
-    read and written by a copy)."""
-    on = {"device": model.device, "dtype": model.dtype}
-    n = 8192 if model.device.type == "cuda" else 1024
+def peaks(dtype, device, seconds=1.0):
+    """Measured peak of this machine: (GFLOP/s of a large matrix product, GB/s read and written by a
+    copy)."""
+    on = {"device": device, "dtype": dtype}
+    n = 8192 if torch.device(device).type == "cuda" else 1024
     a, b = torch.randn(n, n, **on), torch.randn(n, n, **on)
     flops = 2 * n**3 / _best(lambda: a @ b, seconds)
     x = torch.empty(2**28 // a.itemsize, **on).normal_()  # 256 MB: beyond every cache

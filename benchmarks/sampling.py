@@ -3,6 +3,7 @@
 Every function returns rows: {"results": [...], "growth": [...], "limits": [...]}.
 """
 
+import functools
 import random
 from pathlib import Path
 
@@ -59,11 +60,20 @@ def smollm2(rounds, quick):
     return lengths("sampling_smollm2", sampler, prompts, ragged, rounds, quick, new=most // 4)
 
 
-def feedback_prefix(rounds, quick):
-    """Questions/s after a shared few-shot prefix of 600 tokens; the peer makes one padded forward
-    pass over each whole question and reads the logits of the letters."""
-    count, length = (4, 120) if quick else (32, 600)
-    sampler = load(SMOLLM2)
+def point(name, spec, rows, prompt):
+    """`rows` prompts of `prompt` tokens, 32 new ones each (tokens/s)."""
+
+    def bench(rounds, quick):
+        sampler, new = load(spec), 4 if quick else 32
+        texts = texts_of(sampler, rows, 8 if quick else prompt)
+        found = measure.side_by_side(*of_length(sampler, texts, new), rounds)
+        return {"results": [row(name, sampler, "tokens/s", found)]}
+
+    return bench
+
+
+def questions(sampler, count, length):
+    """`count` questions of two options after the same `length` tokens of examples."""
     law = constitution.load("default")
     shots = multiple_choice.few_shot_text(law)
     ids = sampler.tokenizer(shots * 8)["input_ids"][:length]
@@ -75,6 +85,14 @@ def feedback_prefix(rounds, quick):
         asked = [{"role": "user", "content": f"Tell me about {draw.choice(SUBJECTS)}."}]
         principle = draw.choice(law.comparisons)["principle"]
         texts.append(prefix + multiple_choice.question_text(asked, a, b, principle))
+    return texts
+
+
+def feedback_prefix(rounds, quick):
+    """Questions/s after a shared few-shot prefix of 600 tokens; the peer makes one padded forward
+    pass over each whole question and reads the logits of the letters."""
+    sampler = load(SMOLLM2)
+    texts = questions(sampler, *((4, 120) if quick else (32, 600)))
 
     def ours(seed):
         return len(sampler.choice_logprobs(texts, [" (A)", " (B)"], progress=False))
@@ -98,12 +116,17 @@ BENCHES = {
     "sampling_m": miniature("m"),
     "sampling_smollm2": smollm2,
     "feedback_prefix_smollm2": feedback_prefix,
+    **{name: point(name, spec, *shape)
+       for size, spec in (("xs", "miniature/xs"), ("s", "miniature/s"), ("smollm2", SMOLLM2))
+       for end, shape in {"b1": (1, 64), "b8": (8, 64), "p768": (8, 768)}.items()
+       for name in [f"sampling_{size}_{end}"] if end != "p768" or size == "xs"},
 }
 
 
 # Ours
 
 
+@functools.cache
 def load(spec):
     runs_dir = Path(repo_root()) / "runs" / "miniature"
     return Sampler.from_spec(spec, runs_dir=runs_dir)
@@ -120,13 +143,17 @@ def own_prompts(sampler, rows):
 
 def ours_cut(sampler, prompts, limits, seed):
     """The engine with a length for every row and no other end: (completions, tokens)."""
-    ids = tokens.text_ids(prompts, sampler.tokenizer)
+    return cut(sampler, tokens.text_ids(prompts, sampler.tokenizer), limits, seed)
+
+
+def cut(sampler, ids, limits, seed):
+    """The same of token ids."""
     draws = uniforms(seed, [(r, 0) for r in range(len(ids))], max(limits))
     never = torch.zeros(sampler.engine.vocab_size, dtype=torch.bool, device=sampler.model.device)
     with eval_mode(sampler.model):
         done, _, _ = sampler.engine.decode(ids, limits, draws, 1.0, 1.0, never, None, None)
     assert [len(row) for row in done] == limits
-    return len(prompts), sum(limits)
+    return len(ids), sum(limits)
 
 
 # Their peers
@@ -256,44 +283,47 @@ def row(name, sampler, unit, found):
 
 def lengths(name, sampler, prompts, ragged, rounds, quick, new):
     """Rows for ragged lengths and for one length, growth of the cost, distance to the peak."""
-    same = [new] * len(prompts)
-    peer = Peer(sampler, prompts, new)
-    even = measure.side_by_side(
-        lambda seed: ours_cut(sampler, prompts, same, seed)[1],
-        lambda seed: peer.cut(seed, same)[1],
-        rounds,
-    )
+    even = measure.side_by_side(*of_length(sampler, prompts, new), rounds)
     out = {"results": [row(name, sampler, "completions/s", ragged),
                        row(f"{name}_same_length", sampler, "tokens/s", even)]}  # fmt: skip
     width = sum(map(len, tokens.text_ids(prompts, sampler.tokenizer))) / len(prompts)
     flops, moved = measure.decode_work(sampler.model, len(prompts), width, new)
-    seconds = sum(same) / even["ours"]
-    most_flops, most_moved = measure.peaks(sampler.model, 0.1 if quick else 1.0)
+    seconds = len(prompts) * new / even["ours"]
+    most_flops, most_moved = measure.peaks(sampler.model.dtype, sampler.model.device,
+                                           0.1 if quick else 1.0)
     out["limits"] = [{
         "name": name, "gflops": flops / seconds, "gflops_peak": most_flops,
         "gflops_share": flops / seconds / most_flops, "gbs": moved / seconds,
         "gbs_peak": most_moved, "gbs_share": moved / seconds / most_moved,
         **{k: out["results"][0][k] for k in ("machine", "commit")},
     }]  # fmt: skip
-    out["growth"] = growth(name, sampler, prompts, quick)
+    out["growth"] = growth(name, sampler, quick)
     return out
 
 
-def growth(name, sampler, prompts, quick):
+def of_length(sampler, texts, new):
+    """(ours, peer): seed -> tokens, all responses cut at `new` tokens."""
+    peer, same = Peer(sampler, texts, new), [new] * len(texts)
+    return (lambda seed: ours_cut(sampler, texts, same, seed)[1],
+            lambda seed: peer.cut(seed, same)[1])  # fmt: skip
+
+
+def texts_of(sampler, rows, prompt):
+    """Prompts as near to `prompt` tokens as text allows, no two alike: ours would compute those
+    once."""
+    talk = "".join(TALK.format(f"Letter {i}: tell me about {SUBJECTS[i % len(SUBJECTS)]}.")
+                   for i in range(60))  # fmt: skip
+    ids = tokens.text_ids([talk], sampler.tokenizer)[0]
+    return [sampler.tokenizer.decode(ids[r : r + prompt]) for r in range(rows)]
+
+
+def growth(name, sampler, quick):
     """tokens/s for 32 new tokens, by batch size (64 tokens a prompt) and prompt length (8 rows)."""
     points = [(2, 8)] if quick else [(1, 64), (8, 64), (32, 64), (128, 64), (8, 256), (8, 768)]
     new, out = 4 if quick else 32, []
-    text = tokens.text_ids(["".join(prompts)], sampler.tokenizer)[0]
-    text *= 1000 // len(text) + 1
     for rows, prompt in points:
-        # No two alike: the engine would compute those once. Lengths are as near as text allows.
-        texts = [sampler.tokenizer.decode(text[r : r + prompt]) for r in range(rows)]
-        peer, same = Peer(sampler, texts, new), [new] * rows
-        found = measure.side_by_side(
-            lambda seed: ours_cut(sampler, texts, same, seed)[1],  # noqa: B023 (called here)
-            lambda seed: peer.cut(seed, same)[1],  # noqa: B023
-            1 if quick else 3,
-        )
+        texts = texts_of(sampler, rows, prompt)
+        found = measure.side_by_side(*of_length(sampler, texts, new), 1 if quick else 3)
         del found["ratio_low"], found["ratio_high"]
         out.append({"name": name, "batch": rows, "prompt_tokens": prompt, "new_tokens": new,
                     **row(name, sampler, "tokens/s", found)})  # fmt: skip

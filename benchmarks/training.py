@@ -1,10 +1,10 @@
-"""PPO against the last trl that has it (1.12.0), preference models against trl's RewardTrainer.
+"""PPO against the last trl that has it (1.12.0), preference models and SFT against trl's trainers.
 
 Every function returns rows: {"results": [...], "growth": [...], "memory": [...], "losses": [...]}.
 """
 
 import json
-import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -18,40 +18,9 @@ from cai_utils import dialogue
 from cai_utils.data import comparisons, load
 from cai_utils.experiment.files import repo_root
 from cai_utils.lm import models
+from cai_utils.miniature import datasets
 
 TRL = "trl==1.12.0"
-
-
-class Worker:
-    """One side's training loop in a process of its own, held between two turns: `step` lets it do
-    one more and returns its rate. The other side's waits meanwhile, without using a core."""
-
-    def __init__(self, side, settings, path):
-        script = Path(__file__).with_name("training_worker.py")
-        self.turns = []  # the worker's report of each
-        self.process = subprocess.Popen(
-            [sys.executable, script, side, json.dumps(settings)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self._read()
-
-    def _read(self):
-        for line in self.process.stdout:
-            if line.startswith("@"):  # the libraries print, too
-                return json.loads(line[1:])
-        raise RuntimeError(f"{self.process.args[2]} ended with {self.process.wait()}")
-
-    def step(self, seed):
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        self.turns.append(self._read())
-        return self.turns[-1]["rate"]
-
-    def close(self):
-        self.process.stdin.close()  # what it reads next is the end
-        self.process.stdout.close()
-        self.process.wait()
 
 
 def trl_folder():
@@ -72,9 +41,10 @@ def pair(kind, settings, rounds, peer_path=()):
     workers = {}
     try:
         # Loaded one after the other, so that neither is slowed by the other's start.
-        workers["ours"] = Worker(f"{kind}_ours", settings, [repo_root()])
-        workers["peer"] = Worker(f"{kind}_peer", settings, peer_path)
-        found = measure.rates_side_by_side(workers["ours"].step, workers["peer"].step, rounds)
+        for side, path in (("ours", [repo_root()]), ("peer", peer_path)):
+            workers[side] = measure.Worker("training_worker.py", f"{kind}_{side}", settings, path)
+        steps = [lambda seed, worker=worker: worker.step()["rate"] for worker in workers.values()]
+        found = measure.rates_side_by_side(*steps, rounds)
         turns = {name: worker.turns for name, worker in workers.items()}
         memory = {name: reports[-1]["peak_mb"] for name, reports in turns.items()}
     finally:
@@ -144,31 +114,42 @@ def prepare(spec, folder, quick):
             "peer_bf16": models.bf16_pays(policy)}
 
 
-def pm_smollm2(rounds, quick):
-    """hh-rlhf comparisons/s of training alone (no loading), and both sides' loss by step, the mean
-    over the turns: each has another order of the rows."""
-    count, batch, longest = (4, 2, 512) if quick else (48, 8, 512)
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder) / "base"
-        spec = "miniature/xs" if quick else sampling.SMOLLM2
-        model, tokenizer = models.load(spec, dtype="float32")
-        model.save_pretrained(base)
-        tokenizer.save_pretrained(base)
-        rows = real_comparisons(count, tokenizer, longest)
-        (Path(folder) / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-        where = {"machine": measure.machine(model), "commit": measure.commit()}
-        del model
-        settings = {"folder": folder, "batch": batch, "longest": longest}
-        found, memory, turns = pair("pm", settings, rounds)
-    curves = {name: [sum(at) / len(at) for at in zip(*(turn["losses"] for turn in reports),
-                                                     strict=True)]
-              for name, reports in turns.items()}  # fmt: skip
-    row = {"name": "pm_smollm2", **where}
-    steps = enumerate(zip(curves["ours"], curves["peer"], strict=True), 1)
-    return {"results": [{**row, "unit": "comparisons/s", **found}],
-            "memory": [{**row, "unit": "MB", **memory}],
-            "losses": [{**row, "step": step, "turns": rounds + 1, "ours": ours, "peer": peer,
-                        "unit": "nats"} for step, (ours, peer) in steps]}  # fmt: skip
+def trained(kind, name, spec, make_rows, unit, *, rows, batch, longest, lr, parts=1, peer=(),
+            most_rounds=5):
+    """Rows/s of training alone (no loading) on `rows` rows, and both sides' loss by step, the mean
+    over the turns: each side has another order of the rows. kind: "pm" or "sft"; parts: passes in
+    which ours reads a batch; peer: settings of trl's config other than its defaults."""
+
+    def bench(rounds, quick):
+        rounds, count, size = min(rounds, most_rounds), rows, batch
+        if quick:
+            count, size = 4, 2
+        with tempfile.TemporaryDirectory() as folder:
+            base = Path(folder) / "base"
+            model, tokenizer = models.load("miniature/xs" if quick else spec, dtype="float32")
+            model.save_pretrained(base)
+            tokenizer.save_pretrained(base)
+            (Path(folder) / "rows.json").write_text(
+                json.dumps(make_rows(count, tokenizer, longest)), encoding="utf-8")
+            where = {"machine": measure.machine(model), "commit": measure.commit()}
+            del model
+            settings = {"folder": folder, "batch": size, "longest": longest, "lr": lr,
+                        "parts": min(parts, size), "peer": dict(peer),
+                        "log_every": max(1, round(-(-count // size) / 50))}  # fmt: skip
+            found, memory, turns = pair(kind, settings, rounds)
+        row = {"name": name, **where}
+        out = {"results": [{**row, "unit": unit, **found}],
+               "memory": [{**row, "unit": "MB", **memory}], "losses": []}  # fmt: skip
+        means = {side: {step: sum(turn["losses"][step] for turn in reports) / len(reports)
+                        for step in reports[0]["losses"]}
+                 for side, reports in turns.items()}  # fmt: skip
+        assert [*means["ours"]] == [*means["peer"]], "logged at other steps"
+        for step, loss in means["ours"].items():
+            out["losses"].append({**row, "step": step, "turns": rounds + 1, "ours": loss,
+                                  "peer": means["peer"][step], "unit": "nats"})  # fmt: skip
+        return out
+
+    return bench
 
 
 def real_comparisons(count, tokenizer, longest):
@@ -184,10 +165,43 @@ def real_comparisons(count, tokenizer, longest):
     return [r for r in comparisons.check(rows, on_bad="skip") if fits(r)][:count]
 
 
+def real_conversations(count, tokenizer, longest):
+    """The chosen conversations of these rows, for SFT."""
+    rows = real_comparisons(count, tokenizer, longest)
+    return [{"messages": row["prompt"] + row["chosen"]} for row in rows]
+
+
+def world_comparisons(count, tokenizer, longest):
+    """Of the miniature, half of them about each axis, as a PM of both learns from."""
+    made = [datasets.human_comparisons(random.Random(1), -(-count // 2), "train", axis)
+            for axis in ("helpful", "harmless")]  # fmt: skip
+    return [row for pair in zip(*made, strict=True) for row in pair][:count]
+
+
+def world_conversations(count, tokenizer, longest):
+    return datasets.demonstrations(random.Random(1), count)
+
+
+# trl's SFTTrainer as it was fastest of all that its documentation offers on a CPU. Packing, which
+# it offers with FlashAttention alone, ran with SDPA, and was slower (see README.md).
+SFT_PEER = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
+MINIATURE = {"batch": 16, "longest": 256, "lr": 5e-4}
+REAL = {"batch": 8, "longest": 512, "lr": 1e-4, "rows": 48, "parts": 8}
+
+
 BENCHES = {
     "ppo_xs": ppo("miniature/xs", episodes=128, minibatch=32, new_tokens=48),
     "ppo_s": ppo("miniature/s", episodes=128, minibatch=32, new_tokens=48),
     "ppo_m": ppo("miniature/m", episodes=128, minibatch=32, new_tokens=48),
     "ppo_smollm2": ppo(sampling.SMOLLM2, episodes=16, minibatch=8, new_tokens=48),
-    "pm_smollm2": pm_smollm2,
-}
+    "pm_s": trained("pm", "pm_s", "miniature/s", world_comparisons, "comparisons/s", rows=1600,
+                    **MINIATURE, most_rounds=3),
+    "pm_m": trained("pm", "pm_m", "miniature/m", world_comparisons, "comparisons/s", rows=320,
+                    **MINIATURE, most_rounds=3),
+    "pm_smollm2": trained("pm", "pm_smollm2", sampling.SMOLLM2, real_comparisons, "comparisons/s",
+                          **REAL),
+    "sft_s": trained("sft", "sft_s", "miniature/s", world_conversations, "rows/s", rows=3200,
+                     **{**MINIATURE, "batch": 32}, peer=SFT_PEER, most_rounds=3),
+    "sft_smollm2": trained("sft", "sft_smollm2", sampling.SMOLLM2, real_conversations, "rows/s",
+                           **REAL, peer=SFT_PEER),
+}  # fmt: skip

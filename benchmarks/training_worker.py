@@ -5,9 +5,11 @@ for one on stdin, so that the two sides can take turns. What it does before its 
 included, is not measured.
 """
 
+import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -115,56 +117,118 @@ def asked(s):
     return json.loads((Path(s["folder"]) / "prompts.json").read_text(encoding="utf-8"))
 
 
+def trainings(s, train):
+    """One training after the other, each with another seed: train(rows, seed) -> rows/s, log."""
+    rows = json.loads((Path(s["folder"]) / "rows.json").read_text(encoding="utf-8"))
+    facts, seed = {}, 0
+    while True:
+        report(**facts)
+        rate, log = train(rows, seed)
+        losses = {row["step"]: row["loss"] for row in log if "loss" in row}
+        facts, seed = {"rate": rate, "losses": losses}, seed + 1
+
+
+def shared(s):
+    """What both sides' trainings have in common, as `preference.train` and `sft.finetune` name
+    it."""
+    return {"epochs": 1, "batch_size": s["batch"], "lr": s["lr"], "max_length": s["longest"],
+            "schedule": "linear", "warmup": 0.0, "gradient_accumulation": s["parts"]}  # fmt: skip
+
+
 def pm_ours(s):
     from cai_utils import preference
 
-    folder, facts = Path(s["folder"]), {}
-    rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-    seed = 0
-    while True:
-        report(**facts)
-        made = preference.train(
-            folder / "base", rows, folder / "ours", batch_size=s["batch"], lr=1e-4,
-            max_length=s["longest"], seed=seed, centre=False, schedule="linear", warmup=0.0,
-            gradient_accumulation=s["batch"])
-        facts = {"rate": made["pairs_per_second"], "losses": [row["loss"] for row in made["log"]]}
-        seed += 1
+    def train(rows, seed):
+        folder = Path(s["folder"])
+        made = preference.train(folder / "base", rows, folder / "ours", seed=seed, centre=False,
+                                **shared(s))  # fmt: skip
+        return made["pairs_per_second"], made["log"]
+
+    trainings(s, train)
+
+
+def sft_ours(s):
+    from cai_utils import sft
+
+    def train(rows, seed):
+        folder = Path(s["folder"])
+        made = sft.finetune(folder / "base", rows, folder / "ours", seed=seed, **shared(s))
+        return made["rows"] * made["tokens_per_second"] / made["tokens"], made["log"]
+
+    trainings(s, train)
+
+
+def trl_settings(s, seed):
+    """Of trl: its defaults, but for what both sides share, and what is measured."""
+    return {
+        "output_dir": str(Path(s["folder"]) / "trl"), "per_device_train_batch_size": s["batch"],
+        "num_train_epochs": 1, "learning_rate": s["lr"], "max_length": s["longest"],
+        "report_to": "none", "save_strategy": "no", "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True, "logging_steps": s["log_every"], "seed": seed, **s["peer"],
+    }  # fmt: skip
+
+
+def trained(trainer):
+    trainer._send_telemetry = lambda: None
+    result = trainer.train()
+    return result.metrics["train_runtime"], trainer.state.log_history
 
 
 def pm_peer(s):
-    """trl's RewardTrainer with its defaults; what is not one stands for what both sides share."""
+    """trl's RewardTrainer with its defaults."""
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from trl import RewardConfig, RewardTrainer
 
-    folder, facts = Path(s["folder"]), {}
-    rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-    kept = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in rows]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base", trust_remote_code=False)
-    settings = RewardConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=s["batch"], num_train_epochs=1,
-        learning_rate=1e-4, max_length=s["longest"], report_to="none", save_strategy="no",
-        use_cpu=not torch.cuda.is_available(), disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
-    seed = 0
-    while True:
-        report(**facts)
+    base = Path(s["folder"]) / "base"
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+
+    def train(rows, seed):
+        kept = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in rows]
         torch.manual_seed(seed)
-        settings.seed = seed
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder / "base", num_labels=1, dtype=torch.float32, trust_remote_code=False)
-        std = 1 / (model.config.hidden_size + 1)  # as ours
-        torch.nn.init.normal_(model.score.weight, std=std)
-        trainer = RewardTrainer(model=model, args=settings, processing_class=tokenizer,
+            base, num_labels=1, dtype=torch.float32, trust_remote_code=False)
+        torch.nn.init.normal_(model.score.weight, std=1 / (model.config.hidden_size + 1))  # as ours
+        trainer = RewardTrainer(model=model, args=RewardConfig(**trl_settings(s, seed)),
+                                processing_class=tokenizer,
                                 train_dataset=Dataset.from_list(kept))  # fmt: skip
-        trainer._send_telemetry = lambda: None
-        result = trainer.train()
-        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-        rate = len(trainer.train_dataset) / result.metrics["train_runtime"]
-        facts = {"rate": rate, "losses": losses}
-        seed += 1
+        seconds, log = trained(trainer)
+        return len(trainer.train_dataset) / seconds, log
+
+    trainings(s, train)
+
+
+def sft_peer(s):
+    """trl's SFTTrainer in its fastest setting (training.SFT_PEER), loss on the completions; in fp32
+    or bf16, whichever was faster before the first measured turn."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    base, seconds = Path(s["folder"]) / "base", {}
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+
+    def run(rows, seed, bf16):
+        kept = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in rows]
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32,
+                                                     trust_remote_code=False)  # fmt: skip
+        settings = SFTConfig(**trl_settings(s, seed), bf16=bf16)
+        return trained(SFTTrainer(model=model, args=settings, processing_class=tokenizer,
+                                  train_dataset=Dataset.from_list(kept)))  # fmt: skip
+
+    def train(rows, seed):
+        for bf16 in (False, True, False) if not seconds else ():  # the first is slower than it is
+            seconds[bf16] = run(rows[: 2 * s["batch"]], seed, bf16)[0]
+        took, log = run(rows, seed, min(seconds, key=seconds.get))
+        return len(rows) / took, log
+
+    trainings(s, train)
 
 
 if __name__ == "__main__":
-    sides = {"ppo_ours": ppo_ours, "ppo_peer": ppo_peer, "pm_ours": pm_ours, "pm_peer": pm_peer}
+    if sys.platform == "linux":  # a stopped one would not see that what started it has ended
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    sides = {"ppo_ours": ppo_ours, "ppo_peer": ppo_peer, "pm_ours": pm_ours, "pm_peer": pm_peer,
+             "sft_ours": sft_ours, "sft_peer": sft_peer}  # fmt: skip
     sides[sys.argv[1]](json.loads(sys.argv[2]))
