@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
+from cai_utils.lm import fused
 from cai_utils.lm.architectures import check_plain, inner_model, longest_of, switch_of
 from cai_utils.lm.kvcache import Layer, bytes_per_token, memory_budget, room, shared_prefixes
 
@@ -53,6 +54,8 @@ class Engine:
         self._switch = switch_of(config)
         self._token_bytes = bytes_per_token(model, config)
         self.batch_tokens = batch_tokens or memory_budget(model.device, self._token_bytes)
+        self.decoder = None  # a fused one, from `prepare` on, for models that it reads exactly
+        self._tried = False
         self.told = None  # called with the number of rows that each part of a prefill has read
         # Of this call's prompts: {ids: tokens of its shared prefix}, {prefix: its cache}.
         self._shared, self._prefixes = {}, OrderedDict()
@@ -64,6 +67,33 @@ class Engine:
         inner = inner_model(model)
         self._has_sdpa = bool(getattr(inner, "_supports_sdpa", False))
         self._accepts = set(inspect.signature(inner.forward).parameters)
+
+    def prepare(self):
+        """Before a call's first pass: takes the weights as they are now, for the fused decoder of
+        a model that has one."""
+        if not fused.fits(self.model):
+            self.decoder = None
+            return
+        if self.decoder is None and not self._tried:
+            self._tried = True
+            self.decoder = self._checked(fused.Decoder(self.model))
+        if self.decoder is not None:
+            self.decoder.refresh()
+
+    def _checked(self, decoder):
+        """A fused decoder, or None where it gives other logits than the model."""
+        drawn = torch.Generator().manual_seed(0)
+        prompts = [torch.randint(self.vocab_size, (n,), generator=drawn).tolist() for n in (9, 5)]
+        token = torch.randint(self.vocab_size, (2, 1), generator=drawn).to(self.model.device)
+        decoder.refresh()
+        found = []
+        for self.decoder in (None, decoder):
+            logits, cache, pad = self._prefill(prompts, extra=1)
+            step = self._forward(token, 9 - pad[:, None], self._mask(pad, 9, 1), cache, keep=1)
+            found.append(torch.cat((logits, step[:, 0])).float())
+        error = (found[1] - found[0]).norm() / found[0].norm()
+        rounding = 1e-3 if self.model.dtype == torch.float32 else 0.1
+        return decoder if error < rounding else None
 
     def decode(self, prompts, limits, uniforms, temperature, top_p, ends, may_stop, cut):
         """Samples one continuation of each of B prompts, up to `limits[b]` tokens.
@@ -135,14 +165,14 @@ class Engine:
                 break
             if n_unfinished < _COMPACT_BELOW * len(live):
                 keep = unfinished.nonzero()[:, 0]
-                live, pad, mask, token = live[keep], pad[keep], mask[keep], token[keep]
+                live, pad, token = live[keep], pad[keep], token[keep]
+                mask = None if mask is None else mask[keep]
                 unfinished = unfinished[keep]
                 for layer in cache.layers:
                     layer.select(keep)
             position = self._within((width + t - pad)[:, None], end)
-            logits = self._forward(
-                token[:, None], position, mask[..., : width + t + 1], cache, keep=1
-            )[:, -1]
+            seen = None if mask is None else mask[..., : width + t + 1]
+            logits = self._forward(token[:, None], position, seen, cache, keep=1)[:, -1]
         if not torch.isfinite(logprobs).all():
             raise ValueError("the model's logits are not finite; look at its weights and dtype")
         lengths = lengths.tolist()
@@ -286,7 +316,8 @@ class Engine:
         """SDPA for long prompts of a small model on a CPU: eager attention, the faster one for
         short ones, writes all scores to memory (measured: 1.5 to 1.8 times slower from 256 on)."""
         usual = self.model.config._attn_implementation
-        if longest < _SDPA_FROM or usual != "eager" or not self._mask_once or not self._has_sdpa:
+        if (longest < _SDPA_FROM or usual != "eager" or not self._mask_once or not self._has_sdpa
+                or self.decoder is not None):
             yield
             return
         self.model.set_attn_implementation("sdpa")
@@ -315,10 +346,12 @@ class Engine:
     def _mask(self, pad, past, new):
         """The mask of `new` queries after `past` cached columns, the first `pad` of a row
         being padding: additive (B, 1, new, past + new), or 0/1 (B, past + new) where the model has
-        to build the additive one itself."""
+        to build the additive one itself, or None where the decoder needs none."""
+        if self.decoder is not None and (new == 1 or past == 0) and not pad.any():
+            return None
         column = torch.arange(past + new, device=pad.device)
         padding = column < pad[:, None]
-        if not self._mask_once:
+        if not self._mask_once and self.decoder is None:
             return (~padding).long()
         later = column > past + torch.arange(new, device=pad.device)[:, None]
         mask = torch.zeros(len(pad), 1, new, past + new, dtype=self.model.dtype, device=pad.device)
@@ -327,6 +360,8 @@ class Engine:
 
     def _forward(self, ids, position, mask, cache, keep):
         """Logits (B, keep, V) of the last `keep` positions."""
+        if self.decoder is not None:
+            return self.decoder(ids, position, mask, cache, keep)
         extra = {"position_ids": position, "logits_to_keep": keep}
         extra = {k: v for k, v in extra.items() if k in self._accepts}
         out = self.model(

@@ -222,6 +222,8 @@ class Sampler:
         sharing = (self.engine.sharing_prefixes(prompts) if self.share_prefixes
                    else contextlib.nullcontext())
         with eval_mode(self.model), sharing:
+            if jobs:
+                self.engine.prepare()
             while jobs:
                 batch, job_tokens = next_batch(jobs)
                 try:
