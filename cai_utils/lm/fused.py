@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from cai_utils.lm.kvcache import Layer
+from cai_utils.lm.kvcache import Layer, free_memory
 from cai_utils.lm.products import Product, can_multiply
 
 FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 _ROPE = {"default", "linear", "llama3"}  # whose tables depend on the position alone
+_WIDE_FROM = 16  # queries of a row from which bf16 attention is widened to fp32, where that pays
 _SMALL = 2**22  # weights; below, copying them again costs no more than looking for a change
 
 
@@ -94,7 +95,7 @@ class Decoder:
             y = F.scaled_dot_product_attention(queries, keys, values, mask, scale=self.scale)
             return y.reshape(rows, -1)
         queries = queries.transpose(1, 2)
-        if self.blocks[0].qkv.wide:
+        if self.blocks[0].qkv.wide and new >= _WIDE_FROM:
             queries, keys, values = queries.float(), keys.float(), values.float()
             mask = None if mask is None else mask.float()
         y = F.scaled_dot_product_attention(
@@ -135,8 +136,8 @@ def _normed(x, norm):
 def fits(model):
     """Whether a `Decoder` knows this model's parts, and whether they compute what they are called
     for: no hooks, adapters, quantized weights or replaced methods."""
-    config = model.config
-    if (type(model).__name__ not in FAMILIES or not type(model).__module__.startswith("transformers.")
+    config, cls = model.config, type(model)
+    if (cls.__name__ not in FAMILIES or not cls.__module__.startswith("transformers.")
             or config.hidden_act != "silu" or config._attn_implementation not in ("eager", "sdpa")
             or config.rope_parameters.get("rope_type") not in _ROPE
             or set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
@@ -152,12 +153,25 @@ def fits(model):
         if not isinstance(module, nn.Linear) and not type(module).__module__.startswith(
                 ("torch.nn.modules.", "transformers.")):
             return False
+    if torch.is_autocast_enabled(model.device.type):
+        return False
     return len({(w.dtype, w.device) for w in model.parameters()}) == 1
 
 
+def has_room(model):
+    """Whether the copies of the weights fit into an eighth of the free memory."""
+    return 8 * sum(w.nbytes for w in model.parameters()) <= free_memory(model.device)
+
+
 def _stamp(model):
-    """Changes when the weights do; None for small models, which are copied anyway."""
+    """Changes when the weights do, whoever changes them; None for small models, which are copied
+    anyway."""
     if model.num_parameters() < _SMALL:
         return None
-    found = torch.stack([w.sum(dtype=torch.float32) for w in model.parameters()]).tolist()
-    return [(w.data_ptr(), x) for w, x in zip(model.parameters(), found, strict=True)]
+    return [(w.data_ptr(), _sum_of_bits(w.detach().flatten())) for w in model.parameters()]
+
+
+def _sum_of_bits(flat):
+    """Reads at the speed of the memory, which a sum of bf16 does not."""
+    even = flat.numel() * flat.itemsize % 8 == 0
+    return (flat.view(torch.int64) if even else flat.double()).sum().item()

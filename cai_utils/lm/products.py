@@ -1,4 +1,4 @@
-"""Products of activations with the weights of linear layers, laid out for the device they run on."""
+"""Products of activations with the weights of linear layers, laid out for the device."""
 
 from __future__ import annotations
 
