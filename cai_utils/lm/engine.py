@@ -69,8 +69,8 @@ class Engine:
         self._accepts = set(inspect.signature(inner.forward).parameters)
 
     def prepare(self):
-        """Before a call's first pass: takes the weights as they are now, for the fused decoder of
-        a model that has one."""
+        """To be called before a call's first pass, in eval mode: the fused decoder, if the model
+        has one, takes the weights as they are now."""
         self.decoder = None
         if fused.fits(self.model):
             if self._fused is None:
@@ -81,7 +81,8 @@ class Engine:
                 self.decoder = self._fused
 
     def _checked(self, decoder):
-        """A fused decoder, or False where it gives other logits than the model."""
+        """A fused decoder, or False where it gives other logits than the model: of two rows, one
+        of them padded, prefilled and one token further."""
         drawn = torch.Generator().manual_seed(0)
         prompts = [torch.randint(self.vocab_size, (n,), generator=drawn).tolist() for n in (9, 5)]
         token = torch.randint(self.vocab_size, (2, 1), generator=drawn).to(self.model.device)
