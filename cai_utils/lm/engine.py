@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
+from cai_utils.lm import fused
 from cai_utils.lm.architectures import check_plain, inner_model, longest_of, switch_of
 from cai_utils.lm.kvcache import Layer, bytes_per_token, memory_budget, room, shared_prefixes
 
@@ -53,6 +54,8 @@ class Engine:
         self._switch = switch_of(config)
         self._token_bytes = bytes_per_token(model, config)
         self.batch_tokens = batch_tokens or memory_budget(model.device, self._token_bytes)
+        self.decoder = None  # during a call: a fused one, if there is one for this model
+        self._fused = None  # until the first call; False: none, for want of room or other logits
         self.told = None  # called with the number of rows that each part of a prefill has read
         # Of this call's prompts: {ids: tokens of its shared prefix}, {prefix: its cache}.
         self._shared, self._prefixes = {}, OrderedDict()
@@ -64,6 +67,35 @@ class Engine:
         inner = inner_model(model)
         self._has_sdpa = bool(getattr(inner, "_supports_sdpa", False))
         self._accepts = set(inspect.signature(inner.forward).parameters)
+
+    def prepare(self):
+        """To be called before a call's first pass, in eval mode: the fused decoder, if the model
+        has one, takes the weights as they are now."""
+        self.decoder = None
+        if fused.fits(self.model):
+            if self._fused is None:
+                self._fused = (fused.has_room(self.model)
+                               and self._checked(fused.Decoder(self.model)))
+            if self._fused:
+                self._fused.refresh()
+                self.decoder = self._fused
+
+    def _checked(self, decoder):
+        """A fused decoder, or False where it gives other logits than the model: of two rows, one
+        of them padded, prefilled and one token further."""
+        drawn = torch.Generator().manual_seed(0)
+        prompts = [torch.randint(self.vocab_size, (n,), generator=drawn).tolist() for n in (9, 5)]
+        token = torch.randint(self.vocab_size, (2, 1), generator=drawn).to(self.model.device)
+        decoder.refresh()
+        found = []
+        for self.decoder in (None, decoder):
+            logits, cache, pad = self._prefill(prompts, extra=1)
+            step = self._forward(token, 9 - pad[:, None], self._mask(pad, 9, 1), cache, keep=1)
+            found.append(torch.cat((logits, step[:, 0])).float())
+        error = (found[1] - found[0]).norm() / found[0].norm()
+        rounding = 1e-3 if self.model.dtype == torch.float32 else 0.1
+        self.decoder = None
+        return decoder if error < rounding else False
 
     def decode(self, prompts, limits, uniforms, temperature, top_p, ends, may_stop, cut):
         """Samples one continuation of each of B prompts, up to `limits[b]` tokens.
@@ -107,47 +139,55 @@ class Engine:
         ahead = room(steps, rows * (width + steps) * self._token_bytes, self.model.device)
         logits, cache, pad = self._prefill(prompts, extra=ahead)
         device = logits.device
-        mask = self._mask(pad, width + steps - 1, 1)
-        limits = torch.tensor(limits, device=device)
+        mask, after = self._mask(pad, width + steps - 1, 1), width - pad[:, None]
+        shortest, limits = min(limits), torch.tensor(limits, device=device)
         if uniforms is not None:
-            uniforms = torch.from_numpy(uniforms).to(device)
-        tokens = torch.zeros(rows, steps, dtype=torch.long, device=device)
-        logprobs = torch.zeros(rows, steps, device=device)
-        lengths, cuts = limits.clone(), {}
-        live = torch.arange(rows, device=device)  # rows still in the batch
-        unfinished = torch.ones(rows, dtype=torch.bool, device=device)  # of those
+            uniforms = torch.from_numpy(uniforms.T.copy()).to(device)
+        tokens = torch.zeros(steps, rows, dtype=torch.long, device=device)
+        logprobs = torch.zeros(steps, rows, device=device)
+        lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        unfinished = torch.ones(rows, dtype=torch.bool, device=device)
+        live, goes_on = list(range(rows)), ~ends  # rows still in the batch: all above are of these
+        done, cuts = [None] * rows, {}
+
+        def put(leaving):
+            if not torch.isfinite(logprobs).all():
+                raise ValueError("the model's logits are not finite; look at its weights and dtype")
+            for b, k in zip(leaving, lengths[list(leaving)].tolist(), strict=True):
+                done[live[b]] = tokens[:k, b].tolist(), logprobs[:k, b].tolist()
+
         for t in range(steps):
-            u = None if uniforms is None else uniforms[live, t]
-            token, logprob = _pick(logits, temperature, top_p, u)
-            tokens[live, t], logprobs[live, t] = token, logprob
-            ended = ends[token] | (t + 1 >= limits[live])
+            u = None if uniforms is None else uniforms[t]
+            token, logprobs[t] = _pick(logits, temperature, top_p, u)
+            tokens[t] = token
+            lengths += unfinished
+            alive = unfinished & goes_on[token]
             if may_stop is not None:
-                for b in (may_stop[token] & unfinished & ~ends[token]).nonzero()[:, 0].tolist():
-                    text = cut(live[b].item(), tokens[live[b], : t + 1].tolist())
+                for b in (may_stop[token] & alive).nonzero()[:, 0].tolist():
+                    text = cut(live[b], tokens[: t + 1, b].tolist())
                     if text is not None:
-                        cuts[live[b].item()] = text
-                        ended[b] = True
-            ended &= unfinished
-            lengths[live[ended]] = t + 1
-            unfinished &= ~ended
+                        cuts[live[b]], alive[b] = text, False
+            unfinished = alive if t + 1 < shortest else alive & (limits > t + 1)
             n_unfinished = int(unfinished.sum())
             if n_unfinished == 0:
                 break
             if n_unfinished < _COMPACT_BELOW * len(live):
+                put((~unfinished).nonzero()[:, 0].tolist())
                 keep = unfinished.nonzero()[:, 0]
-                live, pad, mask, token = live[keep], pad[keep], mask[keep], token[keep]
-                unfinished = unfinished[keep]
+                live = [live[b] for b in keep.tolist()]
+                token, after, limits = token[keep], after[keep], limits[keep]
+                lengths, unfinished = lengths[keep], unfinished[keep]
+                tokens, logprobs = tokens[:, keep], logprobs[:, keep]
+                uniforms = None if uniforms is None else uniforms[:, keep]
+                mask = None if mask is None else mask[keep]
                 for layer in cache.layers:
                     layer.select(keep)
-            position = self._within((width + t - pad)[:, None], end)
+            seen = None if mask is None else mask[..., : width + t + 1]
             logits = self._forward(
-                token[:, None], position, mask[..., : width + t + 1], cache, keep=1
-            )[:, -1]
-        if not torch.isfinite(logprobs).all():
-            raise ValueError("the model's logits are not finite; look at its weights and dtype")
-        lengths = lengths.tolist()
-        ids = [row[:k] for row, k in zip(tokens.tolist(), lengths, strict=True)]
-        return ids, [row[:k] for row, k in zip(logprobs.tolist(), lengths, strict=True)], cuts
+                token[:, None], self._within(after + t, end), seen, cache, keep=1)[:, -1]
+        put(range(len(live)))
+        ids, scores = zip(*done, strict=True)
+        return list(ids), list(scores), cuts
 
     @contextlib.contextmanager
     def sharing_prefixes(self, prompts):
@@ -286,7 +326,8 @@ class Engine:
         """SDPA for long prompts of a small model on a CPU: eager attention, the faster one for
         short ones, writes all scores to memory (measured: 1.5 to 1.8 times slower from 256 on)."""
         usual = self.model.config._attn_implementation
-        if longest < _SDPA_FROM or usual != "eager" or not self._mask_once or not self._has_sdpa:
+        if (longest < _SDPA_FROM or usual != "eager" or not self._mask_once or not self._has_sdpa
+                or self.decoder is not None):
             yield
             return
         self.model.set_attn_implementation("sdpa")
@@ -315,10 +356,12 @@ class Engine:
     def _mask(self, pad, past, new):
         """The mask of `new` queries after `past` cached columns, the first `pad` of a row
         being padding: additive (B, 1, new, past + new), or 0/1 (B, past + new) where the model has
-        to build the additive one itself."""
+        to build the additive one itself, or None where the decoder needs none."""
+        if self.decoder is not None and (new == 1 or past == 0) and not pad.any():
+            return None
         column = torch.arange(past + new, device=pad.device)
         padding = column < pad[:, None]
-        if not self._mask_once:
+        if not self._mask_once and self.decoder is None:
             return (~padding).long()
         later = column > past + torch.arange(new, device=pad.device)[:, None]
         mask = torch.zeros(len(pad), 1, new, past + new, dtype=self.model.dtype, device=pad.device)
@@ -327,6 +370,8 @@ class Engine:
 
     def _forward(self, ids, position, mask, cache, keep):
         """Logits (B, keep, V) of the last `keep` positions."""
+        if self.decoder is not None:
+            return self.decoder(ids, position, mask, cache, keep)
         extra = {"position_ids": position, "logits_to_keep": keep}
         extra = {k: v for k, v in extra.items() if k in self._accepts}
         out = self.model(
@@ -339,22 +384,23 @@ def _pick(logits, temperature, top_p, uniforms):
     """One token per row and its log-probability: logits (B, V), uniforms in [0, 1) (B,)."""
     logits = logits.float()
     if temperature == 0:
-        logprobs = torch.log_softmax(logits, -1)
         token = logits.argmax(-1)
-    else:
-        if temperature < _COLD:
-            logits = logits - logits.amax(-1, keepdim=True)
-        logprobs = torch.log_softmax(logits / max(temperature, 1e-37), -1)
-        weights, order = logprobs.exp(), None
-        if top_p < 1:
-            weights, order = weights.sort(-1, descending=True)
-            weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p, 0.0)
-        cdf = weights.cumsum(-1)
-        # The first token whose cumulative weight passes u: never one of weight zero.
-        token = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
-        token = token.clamp_(max=cdf.shape[-1] - 1)
-        token = (token if order is None else order.gather(-1, token))[:, 0]
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
+        return token, torch.log_softmax(logits, -1).gather(-1, token[:, None])[:, 0]
+    if temperature < _COLD:
+        logits = logits - logits.amax(-1, keepdim=True)
+    if temperature != 1:
+        logits = logits / max(temperature, 1e-37)
+    weights, order = torch.softmax(logits, -1), None
+    kept = weights
+    if top_p < 1:
+        kept, order = weights.sort(-1, descending=True)
+        kept = kept.masked_fill(kept.cumsum(-1) - kept >= top_p, 0.0)
+    cdf = kept.cumsum(-1)
+    # The first token whose cumulative weight passes u: never one of weight zero.
+    token = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
+    token = token.clamp_(max=cdf.shape[-1] - 1)
+    token = token if order is None else order.gather(-1, token)
+    return token[:, 0], weights.gather(-1, token)[:, 0].log()
 
 
 @contextlib.contextmanager

@@ -153,11 +153,15 @@ def bytes_per_token(model, config):
 def memory_budget(device, token_bytes):
     """Tokens of a batch whose keys and values fill a quarter of the free memory: at most 2**15 on a
     CPU, where larger batches are no faster, and 2**19 on a GPU."""
+    most = 2**19 if device.type == "cuda" else 2**15
+    return int(min(most, max(1, free_memory(device) // 4 // token_bytes)))
+
+
+def free_memory(device):
+    """Bytes that are free on a GPU or, for a CPU, in the machine."""
     if device.type == "cuda":
-        free, most = torch.cuda.mem_get_info(device)[0], 2**19
-    else:
-        free, most = psutil.virtual_memory().available, 2**15
-    return int(min(most, max(1, free // 4 // token_bytes)))
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def out_of_memory(error):

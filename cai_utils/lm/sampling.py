@@ -7,6 +7,8 @@ CUDA. How it works:
   batch is padded on the left; each distinct prompt is prefilled once, and its keys and values are
   copied to its samples. A prefix that prompts share is computed once too, where that pays.
 - A batch that does not fit into memory is halved, and the work goes on.
+- Llama, Mistral, Qwen2 and Qwen3 are computed by a fused decoder (`fused.py`) where it gives the
+  model's own logits; all others, and models with adapters or hooks, by their own modules.
 - Decoding writes into a key/value cache that is allocated once per batch, or for a large one on a
   CPU a few columns ahead. Finished rows are dropped from the batch once they make up a fifth of it.
 - Sampling uses counter-based random numbers (`seeds.uniforms`): completion `s` of input `r`
@@ -222,6 +224,8 @@ class Sampler:
         sharing = (self.engine.sharing_prefixes(prompts) if self.share_prefixes
                    else contextlib.nullcontext())
         with eval_mode(self.model), sharing:
+            if jobs:
+                self.engine.prepare()
             while jobs:
                 batch, job_tokens = next_batch(jobs)
                 try:
