@@ -20,8 +20,9 @@ from trl import RewardConfig, RewardTrainer
 from cai_utils import dialogue
 from cai_utils.data.comparisons import check
 from cai_utils.experiment import journal
-from cai_utils.lm import models, tokens, training
+from cai_utils.lm import models, packing, tokens, training
 from cai_utils.lm.architectures import longest_of, switch_of
+from cai_utils.lm.packed import PackedTrainer
 
 
 def soft_preference_loss(chosen, rejected, p):
@@ -35,32 +36,52 @@ def soft_preference_loss(chosen, rejected, p):
     return -(p * F.logsigmoid(d) + (1 - p) * F.logsigmoid(-d))
 
 
-class PreferenceTrainer(training.LengthBatchedTrainer, RewardTrainer):
-    """RewardTrainer with the soft loss."""
+class PreferenceTrainer(PackedTrainer, RewardTrainer):
+    """RewardTrainer with the soft loss, and a prompt that is read once for both its answers."""
 
     columns = ("chosen_ids", "rejected_ids", "p_chosen", "weight")
+
+    @staticmethod
+    def examples(data):
+        return list(map(packing.pair, data["chosen_ids"], data["rejected_ids"]))
+
+    @staticmethod
+    def places(data, picked, starts, examples):
+        pairs = [(start, examples[i]) for start, i in zip(starts, picked, strict=True)]
+        chosen = [start + len(e.prompt) + len(e.answers[0]) - 1 for start, e in pairs]
+        rejected = [start + len(e) - 1 for start, e in pairs]
+        return {"at": torch.tensor(chosen + rejected),
+                **{name: torch.tensor([data[name][i] for i in picked])
+                   for name in ("p_chosen", "weight")}}, len(picked)
+
+    def pass_loss(self, model, batch, scale):
+        names = ("input_ids", "position_ids", "owner", "at")
+        scores = model(**{name: batch[name] for name in names})
+        return self._loss(scores, batch).sum() * scale
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
                         use_cache=False)
-        chosen, rejected = outputs.logits.squeeze(-1).float().chunk(2)
-        p, weight = inputs["p_chosen"], inputs["weight"]
-        loss = (weight * soft_preference_loss(chosen, rejected, p)).mean()
+        loss = self._loss(outputs.logits.squeeze(-1).float(), inputs).mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss(self, scores, batch):
+        """Scores (2 N,), the chosen ones first -> the loss of each pair (N,)."""
+        chosen, rejected = scores.chunk(2)
         with torch.no_grad():  # kept as tensors until logged: .item() in each step stalls a GPU
             margin = chosen - rejected
             right = torch.where(margin == 0, 0.5, (margin > 0).float())
             self._metrics["train" if self.model.training else "eval"]["batch"].append(torch.stack([
-                right.mean(), margin.mean(), (chosen.mean() + rejected.mean()) / 2,
-            ]))
-        return (loss, outputs) if return_outputs else loss
+                right.sum(), margin.sum(), scores.sum() / 2, torch.ones_like(margin).sum()]))
+        return batch["weight"] * soft_preference_loss(chosen, rejected, batch["p_chosen"])
 
     def log(self, logs, start_time=None):
         metrics = self._metrics["train" if self.model.training else "eval"]
         batches = metrics.pop("batch", None)
         if batches:
-            mean = self.accelerator.reduce(torch.stack(batches).mean(0), "mean").tolist()
-            for name, value in zip(("accuracy", "margin", "mean_reward"), mean, strict=True):
-                metrics[name] = [value]
+            *sums, pairs = self.accelerator.reduce(torch.stack(batches).sum(0), "sum").tolist()
+            for name, total in zip(("accuracy", "margin", "mean_reward"), sums, strict=True):
+                metrics[name] = [total / pairs]
         super().log(logs, start_time)
 
 

@@ -80,8 +80,17 @@ class LengthBatchedTrainer(checkpoints.ResumableTrainer):
         else:
             self._signature_columns = list(self.columns)
 
+    @classmethod
+    def tokens_of_pass(cls, model, data, rows):
+        """Tokens of the passes in which a step reads rows of `data`, where trl's `rows` at a time
+        are not the way (`packed.PackedTrainer`); else None."""
+        return None
+
     def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+        return self.finite(super().training_step(*args, **kwargs))
+
+    def finite(self, loss):
+        """The loss of a step; ValueError unless it is a finite number."""
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1} of "
@@ -282,6 +291,10 @@ def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, spec
     args = training_arguments(config, model, out_dir, rows=len(lengths), max_length=None,
                               **arguments)
     keep_lora_dropout(model, args)
+    tokens = trainer_class.tokens_of_pass(model, data, args.per_device_train_batch_size)
+    if tokens:
+        args.per_device_train_batch_size *= args.gradient_accumulation_steps
+        args.gradient_accumulation_steps = 1
     if collate is not None:
         collate = partial(collate, pad_id=model.config.pad_token_id,
                           multiple=args.pad_to_multiple_of)
@@ -290,6 +303,8 @@ def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, spec
         data_collator=collate, peft_config=peft_config,
     )
     trainer.lengths = lengths
+    if tokens:
+        trainer.pack(tokens)
     trainer.remove_callback(PrinterCallback)  # it prints every logging step
     settings = {name: value for name, value in arguments.items() if name != "report_to"}
     return trainer, checkpoints.train(trainer, checkpoint_every, partial(

@@ -14,7 +14,7 @@ from torch import nn
 from cai_utils import preference
 from cai_utils.lm import models, training
 from cai_utils.lm.architectures import has_plain_layers, head_of
-from cai_utils.lm.kvcache import out_of_memory
+from cai_utils.lm.packing import equal_and_told_apart
 
 
 def _precise(x):
@@ -67,7 +67,7 @@ def can_share_prefix(base, device):
     ids = torch.arange(6, device=device)[None].repeat(2, 1)
     ids[1, 3:] = ids[1, 3:].flip(0)
     at = torch.arange(12, device=device).view(2, 6)[:, 3:].flatten()
-    return has_plain_layers(base.config) and _equal_and_told_apart(
+    return has_plain_layers(base.config) and equal_and_told_apart(
         lambda: response_states(base, ids, at, share_prefix=False),
         lambda: response_states(base, ids, at, least_work=0),
         lambda: response_states(base, ids[:, 3:], torch.arange(6, device=device),
@@ -79,26 +79,10 @@ def can_pack(base, device):
     transformers masks attention so; models that carry a state along a row do not."""
     ids = torch.arange(8, device=device).repeat(2).view(4, 4).flip(1)
     at, positions = torch.arange(16, device=device), torch.arange(4, device=device).repeat(2, 2)
-    return has_plain_layers(base.config) and _equal_and_told_apart(
+    return has_plain_layers(base.config) and equal_and_told_apart(
         lambda: response_states(base, ids, at, share_prefix=False),
         lambda: response_states(base, ids.view(2, 8), at, positions),
         lambda: response_states(base, ids.view(2, 8), at, share_prefix=False))
-
-
-@torch.no_grad()
-def _equal_and_told_apart(whole, shorter, wrong):
-    """Whether `shorter()` gives the states of `whole()` up to rounding, and `wrong()`, what it
-    gives if the model does not do as it should, others. Near a start of zeros, and in low
-    precision, these may be alike: then the answer is no, which costs time and no precision."""
-    try:
-        right, found, other = whole(), shorter(), wrong()
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if out_of_memory(error):
-            raise
-        return False  # hybrid and recurrent models fail in ways of their own
-    off, shown = (found - right).abs().max(), (other - right).abs().max()
-    rounding = torch.finfo(right.dtype).eps * right.abs().max()
-    return bool(shown > 20 * rounding and off <= max(4 * rounding, 0.01 * shown))
 
 
 class ResponseLogprobs(nn.Module):

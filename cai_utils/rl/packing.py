@@ -3,11 +3,12 @@ tokens of a batch, flat in the order of its episodes."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from cai_utils.lm.packing import length_groups, multiple, packed_rows
 
 
 @dataclass(frozen=True)
@@ -19,57 +20,6 @@ class Episode:
 
     def __len__(self):
         return len(self.prompt_ids) + len(self.response_ids)
-
-
-def length_groups(lengths, max_tokens, max_padding=0.1):
-    """Indices of rows in groups of similar length, longest first.
-
-    Padded to its longest row, a group holds at most `max_tokens` tokens (or one row), and at most a
-    fraction `max_padding` of padding, unless it is small (a quarter of `max_tokens`), when one more
-    pass would cost more than that.
-    """
-    groups, total = [], 0
-    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        padded = (len(groups[-1]) + 1) * lengths[groups[-1][0]] if groups else math.inf
-        little = padded - total - lengths[i] <= max_padding * padded or padded <= max_tokens // 4
-        if padded <= max_tokens and little:
-            groups[-1].append(i)
-            total += lengths[i]
-        else:
-            groups.append([i])
-            total = lengths[i]
-    return groups
-
-
-def packed_rows(lengths, max_tokens):
-    """Passes of dense rows: [[[index]]], indices of episodes by row and pass.
-
-    First fit, longest first, into rows of one width: the longest episode's, half more or twice
-    that, whichever takes the fewest tokens. A pass holds at most `max_tokens` of them (or one row).
-    """
-    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-    widest = _multiple(lengths[order[0]])
-    found = []
-    for width in (widest, _multiple(widest * 3 // 2), 2 * widest):
-        if found and width > max_tokens:
-            break
-        rows, room = [], []
-        for i in order:
-            k = next((k for k, free in enumerate(room) if free >= lengths[i]), len(rows))
-            if k == len(rows):
-                rows.append([])
-                room.append(width)
-            rows[k].append(i)
-            room[k] -= lengths[i]
-        found.append((len(rows) * width, width, rows))
-    _, width, rows = min(found)
-    size = max(1, max_tokens // width)
-    return [rows[k : k + size] for k in range(0, len(rows), size)]
-
-
-def _multiple(length, of=8):
-    """Rounded up: few widths, as some libraries make a new kernel for each shape of a product."""
-    return -(-length // of) * of
 
 
 def passes_of_process(lengths, max_tokens, process=0, processes=1, packs=False):
@@ -112,7 +62,7 @@ def pack(episodes, device="cpu", counts=None):
         rows.append(row)
         positions.append(places)
     width = max(map(len, rows))
-    width = _multiple(width) if several else width
+    width = multiple(width) if several else width
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     starts = [k * width + place for k, place in starts]
     spans = zip(starts, episodes, strict=True)
