@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils import parse_flag_from_env
 
 from cai_utils.experiment import locks, yaml12
 from cai_utils.experiment.files import read_rows, write_rows
@@ -35,6 +37,8 @@ def main(module, function, arguments=None):
     if os.environ.get(WORKER):
         locks.join()
         locks.end_with_input()
+    if not torch.cuda.is_available():
+        _shard_over_cpus()
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1:
         sys.exit(f"usage: accelerate launch -m {module} CONFIG.yaml (the arguments of {function})")
@@ -70,6 +74,25 @@ def main(module, function, arguments=None):
         stage(**config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _shard_over_cpus():
+    """Lets processes without a GPU shard a model as a launch config asks (FSDP): accelerate knows
+    CPU processes only as those that exchange gradients."""
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    plain = AcceleratorState.__init__
+
+    def init(self, *arguments, fsdp_plugin=None, **more):
+        plain(self, *arguments, fsdp_plugin=fsdp_plugin, **more)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    AcceleratorState.__init__ = init
 
 
 def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
@@ -110,10 +133,12 @@ def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
                                stderr=errors) as started):
             started.wait()
             errors.seek(0)
-            last = errors.read().splitlines()[-15:]
+            lines = errors.read().splitlines()
+    # What follows is the launcher's: a long trace of its own, and a summary without the reason.
+    end = next((i for i, line in enumerate(lines, 1) if "failed (exitcode" in line), len(lines))
     if started.returncode:
         raise RuntimeError(f"{stage.__module__} failed in {num_processes} processes:\n"
-                           + "\n".join(last))
+                           + "\n".join(lines[:end][-15:]))
     if (out_dir / "history.csv").is_file():
         import pandas as pd
 
@@ -136,6 +161,8 @@ def command(num_processes, accelerate_config=None, precision="no"):
     plain = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", precision,
              "--dynamo_backend", "no"]
     config = ["--config_file", str(accelerate_config)] if accelerate_config else plain
+    if accelerate_config and not torch.cuda.is_available():  # the files are for GPUs
+        config += ["--mixed_precision", precision]
     return [sys.executable, "-m", "accelerate.commands.launch", *config,
             "--num_processes", str(num_processes), "--main_process_port", "0", "-m"]
 
