@@ -39,10 +39,11 @@ def keeping_state(work, *arguments):
 def make_accelerator(model, bf16):
     """An Accelerator in the precision asked for, unless a launcher's config says another.
 
-    accelerate's state from an earlier stage of a notebook is dropped, as it holds that stage's
-    precision. ValueError for a launch config with fp16 or accumulated gradients.
+    accelerate's state from an earlier stage in this process is dropped, as it holds that stage's
+    precision and sharding. ValueError for a launch config with fp16 or accumulated gradients.
     """
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    process_state()
     if bf16 == "auto":
         on_cpu = model.device.type == "cpu"
         bf16 = models.bf16_pays(model, BF16_ABOVE if on_cpu else models.EAGER_BELOW)
