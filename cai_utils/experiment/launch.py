@@ -77,20 +77,26 @@ def main(module, function, arguments=None):
 
 
 def _shard_over_cpus():
-    """Lets processes without a GPU shard a model as a launch config asks (FSDP): accelerate knows
-    CPU processes only as those that exchange gradients."""
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    """Lets processes without a GPU shard what a launch config says (FSDP, DeepSpeed): accelerate
+    knows CPU processes only as those that exchange gradients."""
+    if not any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))):
         return
     plain = AcceleratorState.__init__
 
-    def init(self, *arguments, fsdp_plugin=None, **more):
-        plain(self, *arguments, fsdp_plugin=fsdp_plugin, **more)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.FSDP
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    def init(self, *arguments, fsdp_plugin=None, deepspeed_plugin=None, **more):
+        plain(self, *arguments, fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **more)
+        plugin = fsdp_plugin or deepspeed_plugin
+        if self.distributed_type != DistributedType.MULTI_CPU or plugin is None:
+            return
+        self.distributed_type = DistributedType.FSDP if fsdp_plugin else DistributedType.DEEPSPEED
+        PartialState._shared_state["distributed_type"] = self.distributed_type
+        if deepspeed_plugin or self._mixed_precision != "no":
+            plugin.set_mixed_precision(self._mixed_precision)
+        if fsdp_plugin:
             self.fsdp_plugin = fsdp_plugin
-            if self._mixed_precision != "no":
-                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        else:  # it has a precision of its own
+            deepspeed_plugin.select(_from_accelerator_state=True)
+            self.deepspeed_plugins, self._mixed_precision = deepspeed_plugin, "no"
 
     AcceleratorState.__init__ = init
 

@@ -40,7 +40,7 @@ def several(calls, out_dir):
             pass
         counts.append(len(written))
         if os.environ["RANK"] == "0":
-            write_json(os.path.join(out_dir, "training.json"), counts)
+            write_json(os.path.join(out_dir, "training.json"), {"written": counts})
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import sharded
 import torch
 from test_ppo import PROMPTS, lab  # noqa: F401 (a fixture)
 
-from cai_utils import preference
+from cai_utils import preference, sft
 from cai_utils.experiment import launch
 from cai_utils.experiment.files import read_json
 from cai_utils.lm import models
 
-FSDP = Path(__file__).resolve().parents[2] / "params" / "accelerate" / "fsdp.yaml"
+CONFIGS = Path(__file__).resolve().parents[2] / "params" / "accelerate"
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 TALKS = [{"prompt": row["prompt"], **{side: [{"role": "assistant", "content": f"w{i % 5} {last}"}]
                                       for side, last in (("chosen", "w7"), ("rejected", "w3"))}}
@@ -63,14 +63,16 @@ def runs(lab, tmp_path_factory):  # noqa: F811
         here = os.pathsep.join([str(Path(__file__).parent), os.getcwd()])
         patch.setenv("PYTHONPATH", here)
         patch.setenv("OMP_NUM_THREADS", "1")
-        group = dict(num_processes=2, accelerate_config=FSDP)
+        group = dict(num_processes=2, accelerate_config=CONFIGS / "fsdp.yaml")
         with pytest.raises(RuntimeError, match=r"exitcode: -9"):
             launch.run(sharded.several, [*calls, ppo], root, **group)
         left = sorted(p.name for p in (root / "broken-ppo").glob("checkpoint-*"))
         assert left == ["checkpoint-1", "checkpoint-2"]
         # Three checkpoints each; what was interrupted after two went on from there.
-        assert read_json(root / "training.json") == [3, 3, 3, 2, 0, 2, 1, 2, 1, 2, 1]
-        assert launch.run(sharded.several, [ppo | {"stop": 0}], root, **group) == [0]
+        written = read_json(root / "training.json")["written"]
+        assert written == [3, 3, 3, 2, 0, 2, 1, 2, 1, 2, 1]
+        more = launch.run(sharded.several, [ppo | {"stop": 0}], root, **group)
+        assert more == {"written": [0]}
     return root
 
 
@@ -108,3 +110,14 @@ def test_an_interrupted_training_ends_with_the_same_bits(runs, name):
                                  "float32")[0].state_dict() for kind in ("two", "broken"))
     assert all(torch.equal(whole[k], broken[k]) for k in whole)
     assert not [*runs.glob(f"broken-{name}*/checkpoint-*"), *runs.glob(f"broken-{name}*/.*")]
+
+
+def test_deepspeed_trains_as_one_process(runs, lab, tmp_path, monkeypatch):  # noqa: F811
+    pytest.importorskip("deepspeed")  # its first run compiles for minutes
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    _, arguments = trainings(lab)["sft"]
+    arguments = {**arguments, "gradient_accumulation": 1, "checkpoint_every": 0}
+    launch.run(sft.finetune, out_dir=tmp_path / "two", num_processes=2,
+               accelerate_config=CONFIGS / "deepspeed.yaml", **arguments)
+    one, two = weights(runs / "one-sft"), weights(tmp_path / "two")
+    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-4
