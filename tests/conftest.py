@@ -7,8 +7,8 @@ import pytest
 
 # `make test` starts files in this order (xdist's --no-loadscope-reorder), the others as they come.
 LONGEST = ("test_chain.py", "test_bench.py", "test_miniature.py", "test_ppo_runs.py",
-           "test_snakefile.py", "test_kills.py", "test_families.py", "test_refusal_probe.py",
-           "test_reference.py")
+           "test_sharded.py", "test_snakefile.py", "test_kills.py", "test_families.py",
+           "test_refusal_probe.py", "test_reference.py")
 
 
 def pytest_collection_modifyitems(items):

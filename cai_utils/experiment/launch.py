@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils import parse_flag_from_env
 
 from cai_utils.experiment import locks, yaml12
 from cai_utils.experiment.files import read_rows, write_rows
@@ -35,6 +37,8 @@ def main(module, function, arguments=None):
     if os.environ.get(WORKER):
         locks.join()
         locks.end_with_input()
+    if not torch.cuda.is_available():
+        _shard_over_cpus()
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1:
         sys.exit(f"usage: accelerate launch -m {module} CONFIG.yaml (the arguments of {function})")
@@ -70,6 +74,31 @@ def main(module, function, arguments=None):
         stage(**config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _shard_over_cpus():
+    """Lets processes without a GPU shard what a launch config says (FSDP, DeepSpeed): accelerate
+    knows CPU processes only as those that exchange gradients."""
+    if not any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))):
+        return
+    plain = AcceleratorState.__init__
+
+    def init(self, *arguments, fsdp_plugin=None, deepspeed_plugin=None, **more):
+        plain(self, *arguments, fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **more)
+        plugin = fsdp_plugin or deepspeed_plugin
+        if self.distributed_type != DistributedType.MULTI_CPU or plugin is None:
+            return
+        self.distributed_type = DistributedType.FSDP if fsdp_plugin else DistributedType.DEEPSPEED
+        PartialState._shared_state["distributed_type"] = self.distributed_type
+        if deepspeed_plugin or self._mixed_precision != "no":
+            plugin.set_mixed_precision(self._mixed_precision)
+        if fsdp_plugin:
+            self.fsdp_plugin = fsdp_plugin
+        else:  # it has a precision of its own
+            deepspeed_plugin.select(_from_accelerator_state=True)
+            self.deepspeed_plugins, self._mixed_precision = deepspeed_plugin, "no"
+
+    AcceleratorState.__init__ = init
 
 
 def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
@@ -110,10 +139,12 @@ def run(stage, *arguments, num_processes=1, accelerate_config=None, **more):
                                stderr=errors) as started):
             started.wait()
             errors.seek(0)
-            last = errors.read().splitlines()[-15:]
+            lines = errors.read().splitlines()
+    # What follows is the launcher's: a long trace of its own, and a summary without the reason.
+    end = next((i for i, line in enumerate(lines, 1) if "failed (exitcode" in line), len(lines))
     if started.returncode:
         raise RuntimeError(f"{stage.__module__} failed in {num_processes} processes:\n"
-                           + "\n".join(last))
+                           + "\n".join(lines[:end][-15:]))
     if (out_dir / "history.csv").is_file():
         import pandas as pd
 
@@ -136,6 +167,8 @@ def command(num_processes, accelerate_config=None, precision="no"):
     plain = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", precision,
              "--dynamo_backend", "no"]
     config = ["--config_file", str(accelerate_config)] if accelerate_config else plain
+    if accelerate_config and not torch.cuda.is_available():  # the files are for GPUs
+        config += ["--mixed_precision", precision]
     return [sys.executable, "-m", "accelerate.commands.launch", *config,
             "--num_processes", str(num_processes), "--main_process_port", "0", "-m"]
 

@@ -26,13 +26,14 @@ STATE = "state.json"
 
 
 def checksums(folder, paths=None) -> dict:
-    """{name: {"size": bytes, "sha256"}} of files below `folder` (None: all that are not hidden)."""
+    """{name: {"size": bytes, "sha256"}} of files below `folder` (None: all but hidden ones)."""
     return {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": file_digest(p)}
             for p in sorted(_files(folder) if paths is None else paths)}
 
 
 def _files(folder):
-    return [p for p in Path(folder).rglob("*") if p.is_file() and p.name[0] != "."]
+    return [p for p in Path(folder).rglob("*") if p.is_file() and (
+        p.name[0] != "." or p.name == ".metadata")]  # torch's, of weights in parts
 
 
 def fault_of(folder, expected) -> tuple[str, str] | None:

@@ -8,6 +8,7 @@ weights to the bit.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import TrainerCallback
 
 from cai_utils.experiment import fingerprint, provenance, resume
@@ -77,6 +79,34 @@ class ResumableTrainer:
         for name, value in sums.items():
             setattr(self, name, value.to(device) if torch.is_tensor(value) else value)
         self._initial_global_step = 0  # the mean loss is that of the whole training
+
+
+def without_weights(model):
+    """A copy of `model` whose parameters are empty, to be filled by `gather`."""
+    empty = {id(w): torch.nn.Parameter(torch.empty_like(w, device="meta"), w.requires_grad)
+             for w in model.parameters()}
+    model = copy.deepcopy(model, empty)
+    for module in model.modules():  # trl's ways through a model would still lead to the original
+        module.__dict__.pop("forward", None)
+    return model
+
+
+def gather(trainer, model):
+    """Puts `model`, of `without_weights`, in the place of the trained model, of which each process
+    has a part: whole, in every process (all call it), for scoring, merging and saving."""
+    model.load_state_dict(dict(whole_weights(trainer.model)), assign=True)
+    getattr(model, "tie_weights", lambda: None)()
+    trainer.model = trainer.model_wrapped = model
+    trainer.is_fsdp_enabled = False  # from here on it is as if it had never been sharded
+
+
+def whole_weights(model, of=""):
+    """Yields (name, tensor) of the weights of a model, or of its module `of`, each gathered from
+    all processes that have a part of it, which all call this."""
+    for name, weight in get_model_state_dict(model).items():
+        if name.startswith(of):
+            weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            yield name.removeprefix(of), weight
 
 
 def _load(folder, name, device):
@@ -160,11 +190,14 @@ def train(trainer, every, facts):
         trainer.resumed, state = trainer.checkpoints.find()
         trainer.seconds_before = state["seconds"] if state else 0.0
         trainer.add_callback(_Clock(trainer, every))
+    empty = without_weights(trainer.model) if trainer.is_fsdp_enabled else None
     try:
         result = trainer.train(resume_from_checkpoint=trainer.resumed and str(trainer.resumed))
     except BaseException:
         _remove_empty(trainer)
         raise
+    if empty is not None:
+        gather(trainer, empty)
     result.metrics["train_runtime"] += trainer.seconds_before
     return result
 

@@ -7,9 +7,9 @@ import os
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 
-from cai_utils.lm import models
+from cai_utils.lm import checkpoints, models
 
 # Parameters from which bf16 pays on a CPU: few, as packed minibatches have few shapes, and only a
 # product's first use is slow (updates in bf16, 2 cores: 0.1M parameters slower, 0.6M 1.3 times as
@@ -39,10 +39,11 @@ def keeping_state(work, *arguments):
 def make_accelerator(model, bf16):
     """An Accelerator in the precision asked for, unless a launcher's config says another.
 
-    accelerate's state from an earlier stage of a notebook is dropped, as it holds that stage's
-    precision. ValueError for a launch config with fp16 or accumulated gradients.
+    accelerate's state from an earlier stage in this process is dropped, as it holds that stage's
+    precision and sharding. ValueError for a launch config with fp16 or accumulated gradients.
     """
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    process_state()
     if bf16 == "auto":
         on_cpu = model.device.type == "cpu"
         bf16 = models.bf16_pays(model, BF16_ABOVE if on_cpu else models.EAGER_BELOW)
@@ -61,13 +62,12 @@ def make_accelerator(model, bf16):
     return accelerator
 
 
-def copy_weights(actor, whole, adapted, accelerator):
+def copy_weights(networks, whole, adapted):
     """Copies the present weights of a sharded policy into its whole copy, in every process."""
-    state = accelerator.get_state_dict(actor)
+    # peft's modules stand in the plain model too, under its own names.
+    copies = {name.removeprefix("base_model.model.") if adapted else name: weight
+              for name, weight in (adapted[0] if adapted else whole).named_parameters()}
     with torch.no_grad():
-        for name, weight in (adapted[0] if adapted else whole).named_parameters():
-            # peft's modules stand in the plain model too, under its own names.
-            name = name.removeprefix("base_model.model.") if adapted else name
-            if accelerator.is_main_process:
-                weight.copy_(state[f"policy.model.{name}"])
-            weight.copy_(broadcast(weight.detach().clone()))
+        for name, weight in checkpoints.whole_weights(networks, "policy.model."):
+            if name in copies:
+                copies[name].copy_(weight)

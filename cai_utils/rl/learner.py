@@ -41,7 +41,7 @@ class Learner:
         """Gives the policy that `collector` samples from the present weights, where it is a copy.
         Without sharding it is the very model that learns."""
         if self.sharded:
-            copy_weights(self.actor, collector.model, collector.adapted, self.accelerator)
+            copy_weights(self.networks, collector.model, collector.adapted)
 
 
 def build(policy_spec, pm, prompts, config, runs_dir, device):

@@ -24,6 +24,7 @@ def save(folder):
     (folder / "inner").mkdir()
     (folder / "weights.bin").write_bytes(b"weights" * 10)
     (folder / "inner" / "part.bin").write_bytes(b"inner")
+    (folder / "inner" / ".metadata").write_bytes(b"where which part is")
 
 
 @pytest.fixture
@@ -38,7 +39,8 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["weights.bin", "inner/part.bin", "state.json"])
+@pytest.mark.parametrize("name", ["weights.bin", "inner/part.bin", "inner/.metadata",
+                                  "state.json"])
 def test_whatever_is_damaged_is_named_and_set_aside(saved, capsys, name, damage):
     file = saved.folder / "checkpoint-10" / name
     DAMAGE[damage](file, file.read_bytes())
