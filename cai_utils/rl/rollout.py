@@ -75,13 +75,14 @@ class Collector:
     config: PPOConfig
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
-    sampler: Sampler             # of `model`
+    sampler: Sampler             # of `model`, or what `handover.sampling` puts there
     model: nn.Module             # the policy; where weights are sharded, a whole copy of it
     adapted: tuple | None        # with LoRA, the peft models around policy and value model
     scorer: object               # `.score(conversations) -> (B,)`
     scorer_of: Callable          # the folder of a PM, or a scorer -> scorer
     prompts: list[list[dict]]    # messages
     prompt_ids: list[list[int]]  # their tokens
+    weights: int = 0             # counts the changes of the policy's weights
 
     def collect(self, chosen, seed):
         """One response to each prompt at the indices `chosen` -> Rollout. Each process samples and
