@@ -10,7 +10,7 @@ import time
 import torch
 
 from cai_utils.experiment import resume
-from cai_utils.lm import vllm_engine, vllm_spec
+from cai_utils.lm import models, vllm_engine, vllm_spec
 from cai_utils.rl import networks
 
 
@@ -56,15 +56,15 @@ class _Engine:
 
     def _hand_over(self):
         began, collector = time.perf_counter(), self.collector
-        dtype = self._dtype()
+        options = vllm_spec.parsed("engine", collector.config.engine.split(";")[1:])
         model = networks.merged(collector.model, collector.adapted)
+        dtype = models.dtype_for(options.pop("dtype", collector.dtype), model.device, model.config)
         with resume.whole_folder(self.folder) as temporary:
             model.save_pretrained(temporary, state_dict={
-                name: weight.to(dtype) for name, weight in model.state_dict().items()})
+                name: weight.to(dtype) if weight.is_floating_point() else weight
+                for name, weight in model.state_dict().items()})
             collector.tokenizer.save_pretrained(temporary)
         if self.sampler is None:
-            options = vllm_spec.parsed("engine", collector.config.engine.split(";")[1:])
-            options.pop("dtype", None)
             self.sampler = vllm_engine.VLLMSampler(
                 self.folder, collector.tokenizer, dtype, generation_config=model.generation_config,
                 **options)
@@ -72,16 +72,8 @@ class _Engine:
             self.sampler.reload(self.folder)
         self.weights, self.seconds = collector.weights, time.perf_counter() - began
 
-    def _dtype(self):
-        """That in which the policy itself samples, unless the config says another."""
-        options = vllm_spec.parsed("engine", self.collector.config.engine.split(";")[1:])
-        if "dtype" in options:
-            return getattr(torch, options["dtype"])
-        plain = isinstance(self.collector.precision(), contextlib.nullcontext)
-        return (torch.bfloat16 if not plain and self.collector.accelerator.mixed_precision == "bf16"
-                else torch.float32)
-
     def close(self):
+        """Frees vLLM's memory, and removes the folder."""
         if self.sampler is not None:
             self.sampler.close()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -7,9 +7,10 @@ every token, the score on the last one, whitened advantages, clipped losses, no 
 eps 1e-5, log-probabilities at the sampling temperature.
 
 Here is the loop. Hyperparameters are in `config`, formulas in `losses`, sampling, evaluation and
-advantages in `rollout`, sampling by another engine in `handover`, the two networks in `networks`,
-their construction in `learner`, resuming in `checkpoints`. Everything random is a function of (seed, iteration), so that an iteration depends
-on nothing but weights, optimizer and `checkpoints.Progress`.
+advantages in `rollout`, sampling by vLLM in `handover`, the two networks in `networks`, their
+construction in `learner`, resuming in `checkpoints`. Everything random is a function of (seed,
+iteration), so that an iteration depends on nothing but weights, optimizer and
+`checkpoints.Progress`.
 
 On several devices: `accelerate launch --config_file params/accelerate/ddp.yaml -m cai_utils.rl.ppo
 CONFIG.yaml`, where CONFIG holds the arguments of `train`, `prompts` as a file of JSON lines.
