@@ -106,6 +106,8 @@ class VLLMSampler(Sampler):
     def reload(self, folder):
         """Takes the weights in `folder`, a Hugging Face folder of the same architecture."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        if not torch.cuda.is_available():
+            self.llm.apply_model(_pack_head)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError(f"{folder}: vLLM keeps keys and values of the former weights")
 
@@ -259,6 +261,15 @@ def _check_finite(logprobs):
     if not all(map(math.isfinite, logprobs)):
         raise ValueError("the model's logits are not finite: its weights are damaged, or its dtype "
                          "is too narrow; load it in float32")
+
+
+def _pack_head(model):
+    """Packs the output head of vLLM's `model` anew. On a CPU vLLM multiplies with a packed copy of
+    it; where head and embeddings are one, `reload_weights` (0.32) leaves that of the former
+    weights."""
+    head = getattr(model, "lm_head", None)
+    if hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _start(folder, dtype, revision, options):

@@ -247,9 +247,7 @@ def _row(iteration, sampled, experience, metrics, learner, kl_coef, clock):
     seconds = clock[-1] - clock[0]
     ours = experience.logprobs[experience.mask > 0]
     gaps = (sampled.sampled_logprobs - ours).abs()
-    engine = {} if learner.config.engine is None else {
-        "sampling/sampling_logp_difference/mean": gaps.mean().item(),
-        "sampling/sampling_logp_difference/max": gaps.max().item()}
+    engine = handover.compared(gaps, iteration) if learner.config.engine else {}
     return {
         "iteration": iteration,
         "episode": iteration * learner.config.episodes,
