@@ -77,7 +77,6 @@ def train(policy_spec, pm_folder, prompts, out_dir, config, *, runs_dir=None, lo
     prompts = [row["prompt"] if isinstance(row, dict) else row for row in prompts]
     here = distributed.process_state()
     _check(prompts, config, refresh, here.num_processes)
-    handover.check(config.engine, here.num_processes)
     key = None
     if here.is_main_process and config.checkpoint_every:
         key = checkpoints.key(config, prompts, train, here.num_processes, policy_spec=policy_spec,
@@ -87,6 +86,7 @@ def train(policy_spec, pm_folder, prompts, out_dir, config, *, runs_dir=None, lo
     if history is not None:
         print(f"ppo: {out_dir} holds this run, finished: taken as it is", flush=True)
         return history
+    handover.check(config.engine, here.num_processes)
     if saved.key is None and config.checkpoint_every:
         saved.stop("a PM or `refresh` that is an object without `key` cannot be compared")
 
