@@ -231,7 +231,7 @@ class VLLMSampler(Sampler):
             whole = self._decode([ids])[0]
             text = whole[: min(at for s in strings if (at := whole.find(s)) >= 0)]
         stopped = text is not None or (ended and not eos[ids[-1]])
-        reason = "stop" if stopped else "eos" if ended else "length"
+        reason = "stop" if stopped else "eos" if ended else found.finish_reason
         return Completion(whole if text is None else text, ids, logprobs, reason)
 
 
