@@ -10,7 +10,8 @@ Specs:
 - anything else is an id on the Hugging Face hub, with `@REVISION` behind it where one commit, tag
   or branch is meant (`EleutherAI/pythia-1.4b@step143000`).
 
-`server:URL#model` is sampled where it is served (`backends.from_spec`), never loaded.
+`server:URL#model` is sampled where it is served (`backends.from_spec`), never loaded. `vllm:SPEC`
+is sampled by vLLM in this process (`lm/vllm_engine.py`); where it is loaded or trained, it is SPEC.
 
 Code that a folder or repository brings along (`auto_map` in its config.json) does not run, unless
 the environment variable CAI_TRUST_REMOTE_CODE is 1 (`experiment.provenance.trust`).
@@ -40,6 +41,7 @@ from transformers.utils import logging as transformers_logging
 
 from cai_utils.experiment.files import refuse_pointer
 from cai_utils.experiment.provenance import trust
+from cai_utils.lm import vllm_spec
 from cai_utils.lm.architectures import check_causal
 
 # Models are loaded and saved many times in a run: a bar for each would hide a notebook's output.
@@ -57,13 +59,19 @@ EAGER_UP_TO = 512
 
 
 def resolve(spec, runs_dir=None):
-    """A spec -> `Path` of a local folder or GGUF file, or the `str` of a hub id or server.
+    """A spec -> `Path` of a local folder or GGUF file, the `str` of a hub id or server, or a
+    `vllm_spec.InVLLM`.
 
     `runs_dir`: a run folder (`runs/<profile>`), looked up first for `miniature/<size>`.
     FileNotFoundError for a folder, file or set of weights that is not there; ValueError for an
-    unknown miniature size.
+    unknown miniature size, and as in `vllm_spec.split`.
     """
+    if isinstance(spec, vllm_spec.InVLLM):
+        return spec
     spec = str(spec)
+    if spec.startswith("vllm:"):
+        model, options = vllm_spec.split(spec)
+        return vllm_spec.InVLLM(resolve(model, runs_dir), options)
     if spec.startswith("server:"):
         return re.sub(";parameters=[^;]*", "", spec)  # it makes no other model of it
     if spec.startswith("miniature/"):
@@ -89,6 +97,8 @@ def resolve(spec, runs_dir=None):
 def fingerprint(where):
     """What `resolve` gave -> JSON that changes when its files do: their names, sizes and times of
     change (a checksum of large weights would take minutes)."""
+    if isinstance(where, vllm_spec.InVLLM):
+        return ["vllm", fingerprint(where.model), where.computed]
     if not isinstance(where, Path):
         return [where]
     files = sorted(p for p in where.rglob("*") if p.is_file()) if where.is_dir() else [where]
@@ -102,6 +112,8 @@ def source(spec, runs_dir=None, revision=None):
     a revision of what is no hub id, or for two of them, and for a file that is a Git LFS pointer.
     """
     where = resolve(spec, runs_dir)
+    if isinstance(where, vllm_spec.InVLLM):
+        where = where.model
     if isinstance(where, Path):
         refuse_pointer(where)
         if revision is not None:
@@ -220,7 +232,7 @@ def load(spec, head="lm", dtype="auto", device="auto", runs_dir=None, revision=N
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "left"
 
-    dtype = _dtype(dtype, device, config)
+    dtype = dtype_for(dtype, device, config)
     # The config is passed on, since reading a GGUF file's header again takes seconds.
     options |= {"config": config, "dtype": dtype, **quantized, **code()}
     if "gguf_file" in options:
@@ -341,7 +353,8 @@ def attend_for_training(model, longest):
         model.set_attn_implementation("eager")
 
 
-def _dtype(dtype, device, config):
+def dtype_for(dtype, device, config):
+    """The torch dtype that `load` takes for its argument `dtype`. ValueError for another."""
     if dtype != "auto":
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(found, torch.dtype) or not found.is_floating_point:

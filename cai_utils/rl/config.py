@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from cai_utils.experiment import registry
 from cai_utils.experiment.params import for_size
+from cai_utils.lm import vllm_spec
 
 # Numbers as text, 1.0 for a whole number, and NaN are refused, not converted.
 CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -68,6 +69,8 @@ class PPOConfig:
     temperature: Positive = 1.0       # of sampling and of all log-probabilities (N+, trl has 0.7)
     max_new_tokens: Count = 48        # longest response (trl: response_length)
     seed: CountOr0 = 0                # order of prompts, samples, minibatches, LoRA's start
+    engine: str | None = None         # "vllm": vLLM samples, with its arguments behind it as in
+    # "vllm;gpu_memory_utilization=0.3" (`lm/vllm_spec.py`); None: the policy itself
 
     # What learns, and how it is computed
     lora: dict[str, Any] | None = None  # arguments of peft.LoraConfig; None: all weights learn
@@ -94,6 +97,16 @@ class PPOConfig:
 
         training.lora_config(lora, "CAUSAL_LM")
         return lora
+
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, engine):
+        if engine is not None:
+            name, *options = engine.split(";")
+            if name != "vllm":
+                raise ValueError("'vllm' (with ;NAME=VALUE for its arguments) or null")
+            vllm_spec.parsed("engine", options)
+        return engine
 
     @classmethod
     def from_dict(cls, values) -> PPOConfig:

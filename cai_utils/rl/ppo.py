@@ -7,9 +7,10 @@ every token, the score on the last one, whitened advantages, clipped losses, no 
 eps 1e-5, log-probabilities at the sampling temperature.
 
 Here is the loop. Hyperparameters are in `config`, formulas in `losses`, sampling, evaluation and
-advantages in `rollout`, the two networks in `networks`, their construction in `learner`, resuming
-in `checkpoints`. Everything random is a function of (seed, iteration), so that an iteration depends
-on nothing but weights, optimizer and `checkpoints.Progress`.
+advantages in `rollout`, sampling by vLLM in `handover`, the two networks in `networks`, their
+construction in `learner`, resuming in `checkpoints`. Everything random is a function of (seed,
+iteration), so that an iteration depends on nothing but weights, optimizer and
+`checkpoints.Progress`.
 
 On several devices: `accelerate launch --config_file params/accelerate/ddp.yaml -m cai_utils.rl.ppo
 CONFIG.yaml`, where CONFIG holds the arguments of `train`, `prompts` as a file of JSON lines.
@@ -27,7 +28,7 @@ import torch
 
 from cai_utils import dialogue, preference
 from cai_utils.experiment import launch
-from cai_utils.rl import checkpoints, distributed, losses, networks, rollout
+from cai_utils.rl import checkpoints, distributed, handover, losses, networks, rollout
 from cai_utils.rl.config import PPOConfig
 from cai_utils.rl.learner import build
 from cai_utils.rl.rollout import finite
@@ -66,6 +67,11 @@ def train(policy_spec, pm_folder, prompts, out_dir, config, *, runs_dir=None, lo
     mean of normalised score - penalty - kl_coef * KL; objective/kl is in nats per response.
     ValueError: different tokenizers, too few or too long prompts, a checkpoint of another run, a
     quantity that is not finite (the message names iteration and quantity; what was saved stays).
+
+    With `engine` (config) vLLM samples, and takes the policy's weights from out_dir/engine, where
+    they are written when they have changed. Log-probabilities are the policy's all the same;
+    sampling/sampling_logp_difference/mean and /max tell how far vLLM's are from them. ValueError
+    where it is not installed, and for several processes.
     """
     config, out_dir = PPOConfig.from_dict(config), Path(out_dir)
     prompts = [row["prompt"] if isinstance(row, dict) else row for row in prompts]
@@ -80,19 +86,21 @@ def train(policy_spec, pm_folder, prompts, out_dir, config, *, runs_dir=None, lo
     if history is not None:
         print(f"ppo: {out_dir} holds this run, finished: taken as it is", flush=True)
         return history
+    handover.check(config.engine, here.num_processes)
     if saved.key is None and config.checkpoint_every:
         saved.stop("a PM or `refresh` that is an object without `key` cannot be compared")
 
     learner, collector = build(policy_spec, pm_folder, prompts, config, runs_dir, here.device)
     log = log if log is not None and here.is_main_process else lambda row: None
     progress = _resume(saved, learner, collector, refresh, log)
-    if progress is None:
-        saved.begin()
-        progress = checkpoints.Progress(config.kl_coef)
-        _snapshot(collector, out_dir / "step-0")
-        saved.saved(out_dir / "step-0")
-    _loop(learner, collector, saved, progress, refresh, log)
-    _snapshot(collector, out_dir)
+    with handover.sampling(collector, out_dir / "engine"):
+        if progress is None:
+            saved.begin()
+            progress = checkpoints.Progress(config.kl_coef)
+            _snapshot(collector, out_dir / "step-0")
+            saved.saved(out_dir / "step-0")
+        _loop(learner, collector, saved, progress, refresh, log)
+        _snapshot(collector, out_dir)
     shown = ("episodes", "ppo_epochs", "minibatch", "lr", "kl_coef", "score_norm", "lora", "seed")
     pm = str(pm_folder) if isinstance(pm_folder, str | Path) else type(pm_folder).__name__
     saved.finish(progress.history, base=str(policy_spec), pm=pm,
@@ -128,6 +136,7 @@ def _loop(learner, collector, saved, progress, refresh, log):
         # 6. Update policy and value model.
         metrics |= update(learner, sampled.episodes, experience, iteration)
         learner.follow(collector)
+        collector.weights += 1
         clock.append(time.perf_counter())
         # 7. Record the iteration, and adapt the KL coefficient.
         row = _row(iteration, sampled, experience, metrics, learner, progress.kl_coef, clock)
@@ -237,6 +246,8 @@ def _row(iteration, sampled, experience, metrics, learner, kl_coef, clock):
     """One row of the history. clock: when the iteration, evaluation and updates began, and now."""
     seconds = clock[-1] - clock[0]
     ours = experience.logprobs[experience.mask > 0]
+    gaps = (sampled.sampled_logprobs - ours).abs()
+    engine = handover.compared(gaps, iteration) if learner.config.engine else {}
     return {
         "iteration": iteration,
         "episode": iteration * learner.config.episodes,
@@ -246,7 +257,8 @@ def _row(iteration, sampled, experience, metrics, learner, kl_coef, clock):
         "val/missing_eos_rate": 1 - sampled.ended.float().mean().item(),
         # The sampler's log-probabilities against ours, the worst token: about 0 in fp32 (bf16: some
         # tenths, of rare tokens), or training is off policy.
-        "val/sampler_gap": (sampled.sampled_logprobs - ours).abs().max().item(),
+        "val/sampler_gap": gaps.max().item(),
+        **engine,
         "lr": learner.optimizer.param_groups[0]["lr"],
         "kl_coef": kl_coef,
         "eps": learner.config.episodes / seconds,

@@ -75,13 +75,14 @@ class Collector:
     config: PPOConfig
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
-    sampler: Sampler             # of `model`
+    sampler: Sampler             # of `model`, or what `handover.sampling` puts there
     model: nn.Module             # the policy; where weights are sharded, a whole copy of it
     adapted: tuple | None        # with LoRA, the peft models around policy and value model
     scorer: object               # `.score(conversations) -> (B,)`
     scorer_of: Callable          # the folder of a PM, or a scorer -> scorer
     prompts: list[list[dict]]    # messages
     prompt_ids: list[list[int]]  # their tokens
+    weights: int = 0             # counts the changes of the policy's weights
 
     def collect(self, chosen, seed):
         """One response to each prompt at the indices `chosen` -> Rollout. Each process samples and
@@ -106,6 +107,9 @@ class Collector:
         whole = sorted(gather_object(mine), key=lambda item: item[0])
         _, completions, conversations, scores = zip(*whole, strict=True)
         device = accelerator.device
+        seconds = dict(zip(("time/sample", "time/score"), np.diff(clock).tolist(), strict=True))
+        if config.engine is not None:
+            seconds["time/handover"] = self.sampler.seconds  # of the last one, part of time/sample
         return Rollout(
             episodes=[Episode(self.prompt_ids[i], list(c.token_ids))
                       for i, c in zip(chosen, completions, strict=True)],
@@ -114,14 +118,23 @@ class Collector:
             ended=torch.tensor([c.finish_reason == "eos" for c in completions], device=device),
             sampled_logprobs=torch.tensor([p for c in completions for p in c.logprobs],
                                           device=device),
-            seconds=dict(zip(("time/sample", "time/score"), np.diff(clock).tolist(), strict=True)),
+            seconds=seconds,
         )
 
+    @property
+    def dtype(self):
+        """The torch dtype in which the policy samples."""
+        bf16 = self.accelerator.mixed_precision == "bf16" and not self._plain
+        return torch.bfloat16 if bf16 else torch.float32
+
+    @property
+    def _plain(self):
+        """Whether sampling stays in float32: that of a small model on a CPU does. Each of its
+        decoding steps has a new shape, for which bf16 would need a new kernel."""
+        return self.accelerator.device.type == "cpu" and models.is_small(self.model)
+
     def _precision(self):
-        """That of training, but for a small model on a CPU: each of its decoding steps has a new
-        shape, for which bf16 would need a new kernel."""
-        plain = self.accelerator.device.type == "cpu" and models.is_small(self.model)
-        return contextlib.nullcontext() if plain else self.accelerator.autocast()
+        return contextlib.nullcontext() if self._plain else self.accelerator.autocast()
 
 
 def finite(x, quantity, iteration):
