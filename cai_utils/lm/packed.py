@@ -34,7 +34,8 @@ def allowed(model, longest):
 @torch.no_grad()
 def _reads_states(model):
     """Whether a score model's scores are those of its head at the last hidden state."""
-    ids = [i for i in range(5) if i != model.config.pad_token_id][:4]
+    count = model.get_input_embeddings().num_embeddings
+    ids = [i for i in range(count) if i != model.config.pad_token_id][:4]
     ids = torch.tensor([ids], device=model.device)
     was_training = model.training
     model.eval()
