@@ -137,9 +137,9 @@ def train(spec_or_folder, comparisons, out_dir, *, epochs=1, batch_size=32, lr=5
     (see `comparisons.mix`) how much a row counts, both 1 if absent. on_bad: as in
     `comparisons.check`. `lr` suits models of 0.1 to 10M parameters. `lora`: as in
     `sft.finetune`; the head is trained too, and the adapter merged. `gradient_accumulation`:
-    passes in which a step reads its batch, for less memory. The gradient is the mean over the
-    passes: that of one pass, except in an epoch's last step if it is not full. `checkpoint_every`:
-    as in `sft.finetune`.
+    passes in which a step reads its batch, for less memory. The gradient is that of one pass,
+    except, for models whose rows are not packed (`lm.packed.allowed`), in an epoch's last step if
+    it is not full. `checkpoint_every`: as in `sft.finetune`.
     `centre`: shift the scores so that their mean over the training responses (at most 2,000 of
     them) is 0: in the head's bias where it has one, else as `score_mean` in config.json, which
     `Scorer` subtracts. `score_std` is written beside it for those who want unit variance; it is

@@ -225,4 +225,4 @@ def call_facts(trainer_class, data, spec, runs_dir, **settings):
     return {"code": sys.modules[trainer_class.__module__], "rows": rows.hexdigest(),
             "model": models.resolve(spec, runs_dir), **settings,
             "processes": int(os.environ.get("WORLD_SIZE", 1)),
-            "versions": provenance.versions(), "device": str(torch.cuda.is_available())}
+            "versions": provenance.versions(), "device": models.hardware()}

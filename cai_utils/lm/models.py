@@ -24,8 +24,6 @@ import importlib
 import importlib.util
 import os
 import re
-import time
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -41,7 +39,7 @@ from transformers.utils import logging as transformers_logging
 
 from cai_utils.experiment.files import refuse_pointer
 from cai_utils.experiment.provenance import trust
-from cai_utils.lm import vllm_spec
+from cai_utils.lm import products, vllm_spec
 from cai_utils.lm.architectures import check_causal
 
 # Models are loaded and saved many times in a run: a bar for each would hide a notebook's output.
@@ -322,27 +320,22 @@ def bf16_pays(model, above=EAGER_BELOW):
     """Whether training `model` is faster under bf16 autocast: only where the hardware multiplies
     bf16 faster and the model has more than `above` parameters, so that matmuls outweigh the
     casts."""
-    if model.device.type == "cpu":
-        hardware = _cpu_multiplies_bf16_faster()
-    else:
-        hardware = torch.cuda.is_bf16_supported()
-    return hardware and model.num_parameters() > above
+    return _multiplies_bf16_faster(model.device.type != "cpu") and model.num_parameters() > above
 
 
-@cache
-def _cpu_multiplies_bf16_faster():
-    """Whether it does is measured (some milliseconds): of the CPUs that have the instruction, some
-    multiply bf16 at twice the rate of float32, others at half of it."""
-    if not torch.cpu._is_avx512_bf16_supported():
-        return False
-    rows = {dtype: torch.ones(1024, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
-    fastest = dict.fromkeys(rows, float("inf"))
-    for _ in range(6):  # in turn, and the fastest of each: other processes may be at work
-        for dtype, x in rows.items():
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, x)
-            fastest[dtype] = min(fastest[dtype], time.perf_counter() - start)
-    return fastest[torch.bfloat16] < fastest[torch.float32]
+def _multiplies_bf16_faster(cuda):
+    """Told by the kind of hardware, not by a clock: what a training computes would hang on how
+    busy the machine was, and two processes of one training might disagree."""
+    if cuda:
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() and not products.is_slow_in_bf16()
+
+
+def hardware():
+    """What of this machine decides the numbers of a training, as a text for checkpoints' keys."""
+    cuda = torch.cuda.is_available()
+    faster = "bf16" if _multiplies_bf16_faster(cuda) else "float32"
+    return f"{'cuda' if cuda else 'cpu'}, {faster} is faster"
 
 
 def attend_for_training(model, longest):

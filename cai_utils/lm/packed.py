@@ -25,7 +25,8 @@ def allowed(model, longest):
     layers allow it, its head reads their states alone, and no weights are sharded."""
     sharded = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true")
                   for name in ("FSDP", "DEEPSPEED"))
-    if sharded or getattr(model.config.get_text_config(), "router_aux_loss_coef", 0):
+    unknown = not hasattr(model.get_input_embeddings(), "num_embeddings")
+    if sharded or unknown or getattr(model.config.get_text_config(), "router_aux_loss_coef", 0):
         return False  # a mixture of experts has a loss of its own, over all tokens
     plain = _reads_states(model) if hasattr(model, "score") else head_of(model)[1]
     return plain and packing.can_pack(model.base_model, longest)
@@ -34,8 +35,8 @@ def allowed(model, longest):
 @torch.no_grad()
 def _reads_states(model):
     """Whether a score model's scores are those of its head at the last hidden state."""
-    count = model.get_input_embeddings().num_embeddings
-    ids = [i for i in range(count) if i != model.config.pad_token_id][:4]
+    known = min(5, model.get_input_embeddings().num_embeddings)
+    ids = [i for i in range(known) if i != model.config.pad_token_id][:4]
     ids = torch.tensor([ids], device=model.device)
     was_training = model.training
     model.eval()

@@ -291,7 +291,9 @@ def fit(trainer_class, config, model, tokenizer, data, lengths, out_dir, *, spec
     args = training_arguments(config, model, out_dir, rows=len(lengths), max_length=None,
                               **arguments)
     keep_lora_dropout(model, args)
-    tokens = trainer_class.tokens_of_pass(model, data, args.per_device_train_batch_size)
+    tokens = None
+    if args.n_gpu <= 1:  # several in one process would divide a pass along its first dimension
+        tokens = trainer_class.tokens_of_pass(model, data, args.per_device_train_batch_size)
     if tokens:
         args.per_device_train_batch_size *= args.gradient_accumulation_steps
         args.gradient_accumulation_steps = 1

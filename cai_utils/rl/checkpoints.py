@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-import torch
 from accelerate import PartialState
 
 from cai_utils.experiment import files, fingerprint, provenance, resume
@@ -43,7 +42,7 @@ def key(config, prompts, function, processes, *, policy_spec, pm_folder, refresh
     facts = {k: v for k, v in vars(config).items() if k not in _NOT_IN_KEY}
     facts |= {"prompts": prompts, "code": function, "processes": processes,
               "policy_spec": policy_spec, "pm_folder": pm_folder, "refresh": refresh,
-              "versions": provenance.versions(), "device": str(torch.cuda.is_available())}
+              "versions": provenance.versions(), "device": models.hardware()}
     for name in ("policy_spec", "pm_folder"):
         if isinstance(facts[name], str | Path):  # a Path stands for the content behind it
             facts[name] = models.resolve(facts[name], runs_dir)

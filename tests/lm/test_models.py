@@ -62,6 +62,22 @@ def test_a_local_folder_as_language_model(folder, monkeypatch):
     assert again.dtype == torch.float64 and again.device.type == "cpu"
 
 
+@pytest.mark.parametrize("cpu, amx, faster", [
+    ("Intel Xeon", True, True), ("Intel Xeon", False, False), ("AMD EPYC", False, True)])
+def test_bf16_is_decided_by_the_kind_of_cpu_alone(folder, monkeypatch, cpu, amx, faster):
+    model, _ = models.load(folder, device="cpu")
+    kind = {"cpu_name": cpu, "amx_bf16": amx}
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: kind)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # A clock would make it hang on the load.
+    monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("it was measured"))
+    assert models.bf16_pays(model, above=0) == faster and not models.bf16_pays(model)
+    assert ("bf16" in models.hardware()) == faster  # part of a checkpoint's key
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert not models.bf16_pays(model, above=0)
+
+
 def test_bf16_weights_become_the_dtype_asked_for(tmp_path):
     save(tmp_path / "m", torch.bfloat16, eos_token="<e>")
     model, _ = models.load(tmp_path / "m", dtype="float32", device="cpu")

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from cai_utils import preference, sft
-from cai_utils.lm import models, packed
+from cai_utils.lm import models, packed, training
 
 SIZE = dict(vocab_size=259, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 BODY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
@@ -102,6 +102,27 @@ def test_mixtures_of_experts_and_sharded_weights_are_trained_as_trl_does(folder,
     assert packed.allowed(model, 20)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert not packed.allowed(model, 20)
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_several_gpus_of_one_process_get_plain_rows(folder, tmp_path, monkeypatch, gpus):
+    asked = []
+
+    def arguments(*given, _plain=training.training_arguments, **more):
+        made = _plain(*given, **more)
+        made._n_gpu = gpus
+        return made
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    trainer = preference.PreferenceTrainer
+    monkeypatch.setattr(trainer, "tokens_of_pass", lambda *_: asked.append(gpus))
+    monkeypatch.setattr(trainer, "__init__", stop)
+    monkeypatch.setattr(training, "training_arguments", arguments)
+    with pytest.raises(KeyboardInterrupt):
+        preference.train(folder("llama"), PAIRS, tmp_path, batch_size=4)
+    assert asked == [gpus] * (gpus < 2)
 
 
 @pytest.mark.parametrize("learns", [(True, True, True), (True, False, False)])
