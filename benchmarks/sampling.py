@@ -151,6 +151,7 @@ def cut(sampler, ids, limits, seed):
     draws = uniforms(seed, [(r, 0) for r in range(len(ids))], max(limits))
     never = torch.zeros(sampler.engine.vocab_size, dtype=torch.bool, device=sampler.model.device)
     with eval_mode(sampler.model):
+        sampler.engine.prepare()
         done, _, _ = sampler.engine.decode(ids, limits, draws, 1.0, 1.0, never, None, None)
     assert [len(row) for row in done] == limits
     return len(ids), sum(limits)

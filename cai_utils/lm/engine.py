@@ -56,6 +56,7 @@ class Engine:
         self.batch_tokens = batch_tokens or memory_budget(model.device, self._token_bytes)
         self.decoder = None  # during a call: a fused one, if there is one for this model
         self._fused = None  # until the first call; False: none, for want of room or other logits
+        self._parts = []  # of the model, from which it was made
         self.told = None  # called with the number of rows that each part of a prefill has read
         # Of this call's prompts: {ids: tokens of its shared prefix}, {prefix: its cache}.
         self._shared, self._prefixes = {}, OrderedDict()
@@ -73,7 +74,9 @@ class Engine:
         has one, takes the weights as they are now."""
         self.decoder = None
         if fused.fits(self.model):
-            if self._fused is None:
+            parts = fused.parts_of(self.model)
+            if self._fused is None or parts != self._parts:
+                self._parts = parts
                 self._fused = (fused.has_room(self.model)
                                and self._checked(fused.Decoder(self.model)))
             if self._fused:

@@ -8,13 +8,15 @@ logits are wanted. The model's modules are not called, its weights are copied (`
 
 `Decoder.of` gives a decoder only for a model that it reads as the model itself does: it is one of
 the families below, nobody listens to its modules or replaced them, and the logits of a ragged batch
-are those of a plain pass. All others are computed by the model.
+are those of a plain pass. All others are computed by the model. So is every model on a GPU, where
+this was never run.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -43,8 +45,9 @@ class Decoder:
 
     def refresh(self):
         """Takes the model's weights as they are now."""
-        stamp = _stamp(self.model)
-        if stamp is None or stamp != self.stamp:
+        stamp, before = _stamp(self.model), self.stamp
+        self.stamp = None  # should it fail midway
+        if stamp is None or stamp != before:
             for block in self.blocks:
                 for product in (block.qkv, block.out, block.gate_up, block.down):
                     product.refresh()
@@ -135,8 +138,10 @@ def _normed(x, norm):
 
 def fits(model):
     """Whether a `Decoder` knows this model's parts, and whether they compute what they are called
-    for: no hooks, adapters, quantized weights or replaced methods."""
+    for: no hooks, adapters, quantized weights or replaced methods; on a CPU."""
     config, cls = model.config, type(model)
+    if model.device.type != "cpu":
+        return False
     if (cls.__name__ not in FAMILIES or not cls.__module__.startswith("transformers.")
             or config.hidden_act != "silu" or config._attn_implementation not in ("eager", "sdpa")
             or config.rope_parameters.get("rope_type") not in _ROPE
@@ -158,20 +163,29 @@ def fits(model):
     return len({(w.dtype, w.device) for w in model.parameters()}) == 1
 
 
+def parts_of(model):
+    """All that a `Decoder` takes over when it is made, weights aside: where two lists of the same
+    model differ, it needs another one."""
+    found = [model.dtype]
+    for module in model.modules():
+        bias = getattr(module, "bias", None) is not None
+        found += module, bias, getattr(module, "scaling", None)
+    return found
+
+
 def has_room(model):
     """Whether the copies of the weights fit into an eighth of the free memory."""
     return 8 * sum(w.nbytes for w in model.parameters()) <= free_memory(model.device)
 
 
 def _stamp(model):
-    """Changes when the weights do, whoever changes them; None for small models, which are copied
-    anyway."""
+    """Changes when the weights or rotary frequencies do, whoever changes them; None for small
+    models, which are copied anyway."""
     if model.num_parameters() < _SMALL:
         return None
-    return [(w.data_ptr(), _sum_of_bits(w.detach().flatten())) for w in model.parameters()]
+    return [(w.data_ptr(), _digest(w.detach())) for w in (*model.parameters(), *model.buffers())]
 
 
-def _sum_of_bits(flat):
-    """Reads at the speed of the memory, which a sum of bf16 does not."""
-    even = flat.numel() * flat.itemsize % 8 == 0
-    return (flat.view(torch.int64) if even else flat.double()).sum().item()
+def _digest(w):
+    """Reads at the speed of the memory (9 GB/s)."""
+    return xxhash.xxh3_64_intdigest(w.contiguous().view(torch.uint8).numpy())

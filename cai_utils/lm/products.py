@@ -1,4 +1,4 @@
-"""Products of activations with the weights of linear layers, laid out for the device."""
+"""Products of activations with the weights of linear layers, laid out for the CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_slow_in_bf16():
 class Product:
     """x (M, K) -> x W^T + b (M, N), for the weights of one linear layer or of several at once.
 
-    They are copies: `refresh` takes what the layers hold now. In bf16 on a CPU they are packed in
+    They are copies: `refresh` takes what the layers hold now. In bf16 they are packed in
     oneDNN's blocks (1.3 to 1.7 times as fast as plain weights up to 32 rows), else transposed
     (up to twice as fast as the layout of `nn.Linear` on small weights).
     """
@@ -28,15 +28,18 @@ class Product:
     def __init__(self, layers):
         self.layers = layers
         weight = layers[0].weight
-        self.packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        self.packed = weight.dtype == torch.bfloat16
         self.wide = self.packed and is_slow_in_bf16()
         self.width = sum(len(layer.weight) for layer in layers)
         self.weight = self.bias = None
 
     def refresh(self):
         """Copies the layers' weights."""
-        if self.layers[0].bias is not None:
-            self.bias = torch.cat([layer.bias for layer in self.layers])
+        biases = [layer.bias for layer in self.layers]
+        if any(bias is not None for bias in biases):
+            self.bias = torch.cat([layer.weight.new_zeros(len(layer.weight)) if bias is None
+                                   else bias for layer, bias in zip(self.layers, biases,
+                                                                    strict=True)])
         weights = [layer.weight for layer in self.layers]
         if self.packed:
             whole = weights[0] if len(weights) == 1 else torch.cat(weights)
@@ -81,10 +84,10 @@ class Product:
 
 
 def can_multiply(layer):
-    """Whether a module is a plain linear layer whose weights a `Product` can take."""
+    """Whether a module is a plain linear layer on a CPU whose weights a `Product` can take."""
     weight = getattr(layer, "weight", None)
-    if type(layer) is not nn.Linear or weight is None or weight.dtype == torch.float16:
+    if (type(layer) is not nn.Linear or type(weight) is not nn.Parameter
+            or weight.device.type != "cpu"):
         return False
-    if weight.device.type != "cpu" or weight.dtype == torch.float32:
-        return weight.device.type in ("cpu", "cuda")
-    return weight.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())

@@ -67,6 +67,11 @@ def test_new_weights_are_seen(small, monkeypatch):
     assert greedy(sampler) == [reference(model, p, 12) for p in PROMPTS] != before
     model.model.layers[1].self_attn.q_proj.weight.data *= -1  # as adapters are merged
     assert greedy(sampler) == [reference(model, p, 12) for p in PROMPTS]
+    weight = model.model.layers[0].self_attn.q_proj.weight.data
+    weight[:] = weight.flip(0)  # the same numbers elsewhere
+    assert greedy(sampler) == [reference(model, p, 12) for p in PROMPTS]
+    model.model.rotary_emb.inv_freq *= 0.1
+    assert greedy(sampler) == [reference(model, p, 12) for p in PROMPTS]
     model.lm_head.weight = nn.Parameter(-model.lm_head.weight.detach())
     assert greedy(sampler) == [reference(model, p, 12) for p in PROMPTS]
     assert sampler.engine.decoder is not None
@@ -95,13 +100,40 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_model_that_does_something_else_is_not_fused(what):
+def test_a_model_that_does_something_else_is_not_fused(what, late):
     model = make_model("llama")
     sampler = Sampler(model, TOKENIZER)
+    if late:  # a decoder is there already
+        greedy(sampler)
     CHANGES[what](model)
     assert greedy(sampler) == [reference(model, p, 12) for p in PROMPTS]
     assert sampler.engine.decoder is None
+
+
+def test_a_changed_model_gets_another_decoder():
+    model = make_model("llama")
+    sampler = Sampler(model, TOKENIZER)
+    attention, head = model.model.layers[0].self_attn, model.lm_head
+
+    def new_head():
+        model.lm_head = nn.Linear(head.in_features, head.out_features, bias=False)
+        model.lm_head.weight.data = -head.weight.data
+
+    def one_bias():
+        attention.k_proj.bias = nn.Parameter(torch.randn(attention.k_proj.out_features))
+
+    changes = (lambda: None, new_head, one_bias, lambda: setattr(attention.k_proj, "bias", None),
+               lambda: [setattr(layer.self_attn, "scaling", 2.0) for layer in model.model.layers])
+    for change in changes:
+        change()
+        assert greedy(sampler) == [reference(model, p, 12) for p in PROMPTS]
+        assert sampler.engine.decoder is not None
+    model.bfloat16()
+    greedy(sampler)
+    model.float()
+    assert greedy(sampler) == [reference(model, p, 12) for p in PROMPTS]
 
 
 def test_without_room_for_a_copy_the_model_itself_computes(monkeypatch):
