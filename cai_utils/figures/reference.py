@@ -36,8 +36,8 @@ def redraw(root, profile: str, figure=None, own_style=None, source="figures", ou
     source: "figures", the committed tables, or "runs", those of the last run. The figures go to
     where that keeps its own, and the gallery is written again; with `own_style` they go to
     runs/<profile>/restyled/<style>/, or wherever `out` says. if_changed: those alone that are older
-    than their tables, or than the code that draws them. ValueError for an unknown profile, figure
-    or style; FileNotFoundError where tables are missing.
+    than their tables, or than the code that draws them; all with `own_style`, whose age is unknown.
+    ValueError for an unknown profile, figure or style; FileNotFoundError where tables are missing.
     """
     check_profile(root, profile)
     kept, run = Path(root) / "figures" / profile, Path(root) / "runs" / profile
@@ -58,8 +58,9 @@ def redraw(root, profile: str, figure=None, own_style=None, source="figures", ou
         wanted = drawings.record(tables, table).get("sha256")
         if wanted and wanted != file_digest(tables / f"{table}.csv"):
             print(f"note: {tables / table}.csv is not what its record says: edited, or damaged")
-    drawn = [n for n in names if drawings.outdated(n, tables, folder)] if if_changed else names
-    drawings.redraw(tables, folder, drawn, own_style)
+    if if_changed and not own_style:
+        names = [n for n in names if drawings.outdated(n, tables, folder)]
+    drawings.redraw(tables, folder, names, own_style)
     if folder == home and figure is None:
         title = "The figures of the reference run" if source == "figures" else "Figures of a run"
         gallery.write(f"{title}: `{profile}`", folder, tables)

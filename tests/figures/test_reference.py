@@ -87,12 +87,13 @@ def test_a_figure_is_drawn_again_where_its_table_or_the_code_is_newer(tmp_path, 
     (figure,) = redraw.redraw(tmp_path, tmp_path, ["pretraining_curves"])
     state = "pretraining_curves", tmp_path, tmp_path
     later = figure.stat().st_mtime_ns + 10**9
-    code = tmp_path / "plots.py"
-    code.touch()
-    os.utime(code, ns=(0, 0))
+    code, record = tmp_path / "plots.py", tmp_path / "pretraining_curves.provenance.json"
+    for source in (code, record):
+        source.touch()
+        os.utime(source, ns=(0, 0))
     monkeypatch.setattr(redraw.plots, "__file__", str(code))
     assert not redraw.outdated(*state)
-    for source in (table, code):
+    for source in (table, code, record):
         os.utime(source, ns=(later, later))
         assert redraw.outdated(*state)
         os.utime(source, ns=(0, 0))
@@ -261,6 +262,9 @@ def test_an_own_style_goes_on_top_and_to_a_folder_of_its_own(lab):
     made = reference.redraw(lab, "mini", "fig05_revisions", own)
     assert made == lab / "runs/mini/restyled/wide"
     assert (made / "fig05_revisions.png").read_bytes() != before["fig05_revisions.png"]
+    own.write_text("")  # another style at the same place
+    reference.redraw(lab, "mini", "fig05_revisions", own, if_changed=True)
+    assert (made / "fig05_revisions.png").read_bytes() == before["fig05_revisions.png"]
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
     reference.redraw(lab, "mini")  # the style is gone again
     assert (folder / "fig05_revisions.png").read_bytes() == before["fig05_revisions.png"]
