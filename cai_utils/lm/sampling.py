@@ -7,17 +7,14 @@ CUDA. How it works:
   batch is padded on the left; each distinct prompt is prefilled once, and its keys and values are
   copied to its samples. A prefix that prompts share is computed once too, where that pays.
 - A batch that does not fit into memory is halved, and the work goes on.
-- Llama, Mistral, Qwen2 and Qwen3 are computed by a fused decoder (`fused.py`) where it gives the
-  model's own logits; all others, and models with adapters or hooks, by their own modules.
+- Llama, Mistral, Qwen2 and Qwen3 in float32 on a CPU are computed by a fused decoder (`fused.py`)
+  where it gives the model's own logits; all others, also with adapters or hooks, by their modules.
 - Decoding writes into a key/value cache that is allocated once per batch, or for a large one on a
   CPU a few columns ahead. Finished rows are dropped from the batch once they make up a fifth of it.
 - Sampling uses counter-based random numbers (`seeds.uniforms`): completion `s` of input `r`
   has the Philox stream keyed by (seed, r, s), and each token inverts the model's CDF at the next
   number. So the same seed gives the same text whatever the batch size, the order of work or `n`,
-  up to the numerics of the dtype. In bf16 the fused decoder rounds otherwise in batches of another
-  size, and a draw on the edge between two tokens may change: of 96 completions of 24 tokens by the
-  miniature's `s`, 23 differed between one batch and small ones (none with the model's modules).
-  The same batches give the same bits.
+  up to the numerics of the dtype.
 - Inside a `Run.rows` each finished completion is written to disk at once
   (`experiment/journal.py`).
 
