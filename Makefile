@@ -93,12 +93,12 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(begin_install); \
 	  trap 'kill $$(jobs -p) 2>/dev/null || :' EXIT; pids=; \
 	  for part in 0 1 2; do \
-	    exec $(PIP) install --quiet --progress-bar off --no-deps --no-compile --retries 1 \
+	    exec $(PIP) install --quiet --progress-bar off --no-deps --retries 1 \
 	      -r <(awk -v part=$$part "$(of_part)" requirements.lock) >/dev/null 2>&1 & \
 	    pids="$$pids $$!"; done; \
 	  done=0; for pid in $$pids; do \
 	    wait $$pid && echo "   $$((done += 1)) of 3 parts unpacked" || test $$? -lt 128; done; \
-	  $(PIP) install --progress-bar off --no-compile -r requirements.lock | $(show_pip); \
+	  $(PIP) install --progress-bar off -r requirements.lock | $(show_pip); \
 	  echo $$PPID >$(VENV)/.installing; \
 	  $(PIP) install --quiet --no-deps --no-build-isolation -e .; \
 	  touch $@; rm $(VENV)/.installing
