@@ -257,10 +257,10 @@ esac
     done = subprocess.run(["make", "-C", str(clone), "env", "PYTHON=./python"],
                           capture_output=True, text=True)
     assert (done.returncode == 0) == mended, done.stdout + done.stderr
-    # Each package is in one part.
-    parts = sorted((clone / "parts").read_text().replace("\n", "").split(";")[:-1])
-    assert parts == sorted(line for line in (ROOT / "requirements.lock").read_text().splitlines()
-                           if line[0] != "#")
+    if mended:  # each package is in one part; else the end of one part has stopped the others
+        parts = sorted((clone / "parts").read_text().replace("\n", "").split(";")[:-1])
+        lock = (ROOT / "requirements.lock").read_text().splitlines()
+        assert parts == sorted(line for line in lock if line[0] != "#")
     assert (clone / "calls").exists() == mended
     assert ((clone / ".venv" / ".installing").exists()) != mended
 
