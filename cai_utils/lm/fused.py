@@ -6,12 +6,12 @@ another; residuals are added by the products; a group of heads that shares keys 
 with several queries; rotary tables are made once; and a prefill computes its last layer only where
 logits are wanted. The model's modules are not called, its weights are copied (`Product`).
 
-`Decoder.of` gives a decoder only for a model that it reads as the model itself does: it is one of
-the families below, nobody listens to its modules or replaced them, and the logits of a ragged batch
-are those of a plain pass. All others are computed by the model. So is every model on a GPU, where
-this was never run, and in bf16, where a row would depend on the rows beside it: of 96 completions
-of 24 tokens by the miniature's `s` 12 to 23 differed between one batch and small ones, none by the
-model's modules.
+The engine uses it only for a model that it reads as the model itself does: it is one of the
+families below, nobody listens to its modules or replaced them (`fits`), and the logits of a ragged
+batch are those of a plain pass. All others are computed by the model. So is every model on a GPU,
+where this was never run, and in bf16, where a row would depend on the rows beside it: of 96
+completions of 24 tokens by the miniature's `s` 12 to 23 differed between one batch and small ones,
+none by the model's modules.
 """
 
 from __future__ import annotations
