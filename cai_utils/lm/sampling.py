@@ -121,6 +121,16 @@ class Sampler:
             lambda job: ["generate", prompts[job[0]], rows[job[0]], job[1], settings], put,
         )  # fmt: skip
 
+        with journal.progress(len(jobs), "completion", progress, len(jobs) - len(left)) as bar:
+            self._sample(left, prompts, limits, rows, settings, keep, bar)
+        return out
+
+    def _sample(self, jobs, prompts, limits, rows, settings, keep, bar):
+        """Samples the completions `jobs`, pairs (index of a prompt, number of its sample), and
+        gives them to `keep`. limits: new tokens at most of each prompt; settings: temperature,
+        top_p, max_new_tokens, stop strings, seed; rows: as in `generate`."""
+        temperature, top_p, max_new_tokens, stop, seed = settings
+
         def next_batch(jobs):
             width = len(prompts[jobs[0][0]]) + max_new_tokens
             size = min(self.engine.batch_tokens // width, self._most_rows())
@@ -132,13 +142,11 @@ class Sampler:
                 [limits[r] for r, _ in batch],
                 uniforms(seed, [(rows[r], s) for r, s in batch], max_new_tokens)
                 if temperature > 0 else None,
-                temperature, top_p, stop,
+                temperature, top_p, tuple(stop),
             )  # fmt: skip
             keep(batch, [(c.text, c.token_ids, c.logprobs, c.finish_reason) for c in done])
 
-        with journal.progress(len(jobs), "completion", progress, len(jobs) - len(left)) as bar:
-            self._run_batches(left, next_batch, sample, [prompts[r] for r, _ in left], bar)
-        return out
+        self._run_batches(jobs, next_batch, sample, [prompts[r] for r, _ in jobs], bar)
 
     def fits(self, inputs, new_tokens):
         """Whether each input fits into the model's context with `new_tokens` behind it: N bools."""

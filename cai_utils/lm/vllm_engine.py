@@ -33,8 +33,8 @@ from transformers import AutoConfig, GenerationConfig
 
 from cai_utils.experiment import journal
 from cai_utils.lm import models, tokens
-from cai_utils.lm.completion import Completion, check_choices, check_settings
-from cai_utils.lm.sampling import PromptTooLong, Sampler
+from cai_utils.lm.completion import Completion, check_choices
+from cai_utils.lm.sampling import Sampler
 from cai_utils.seeds import stable_int
 
 _OPEN = []  # vLLM's engines in this process
@@ -111,48 +111,21 @@ class VLLMSampler(Sampler):
         if not self.llm.reset_prefix_cache():
             raise RuntimeError(f"{folder}: vLLM keeps keys and values of the former weights")
 
-    def generate(
-        self, inputs, *, n=1, temperature=1.0, top_p=1.0, max_new_tokens=128, stop=(), seed=0,
-        progress=None, rows=None,
-    ):  # fmt: skip
-        """As `Sampler.generate`; `logprobs` are empty where top_p < 1, since vLLM tells those of
-        the tokens that top_p keeps."""
-        check_settings(n, temperature, top_p, max_new_tokens)
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        strings, _, eos, stop_token = self._stops(stop)
-        prompts = self._text_ids(self._texts(inputs))
-        for r, ids in enumerate(prompts):
-            if len(ids) >= self.context:
-                raise PromptTooLong(f"input {r}: {len(ids)} tokens fill the model's context of "
-                                    f"{self.context}; shorten the prompt")
-        jobs = [(r, s) for r in range(len(prompts)) for s in range(n)]
-        jobs.sort(key=lambda job: (-len(prompts[job[0]]), job))
-        out = [[None] * n for _ in prompts]
-        settings = [temperature, top_p, max_new_tokens, list(stop), seed]
-        rows = range(len(prompts)) if rows is None else rows
-
-        def put(job, value):
-            out[job[0]][job[1]] = Completion(*value)
-
-        left, keep = journal.pick_up(
-            self.source, jobs,
-            lambda job: ["generate", prompts[job[0]], rows[job[0]], job[1], settings], put,
-        )  # fmt: skip
+    def _sample(self, jobs, prompts, limits, rows, settings, keep, bar):
+        """As in `Sampler`; `logprobs` are empty where top_p < 1, since vLLM tells those of the
+        tokens that top_p keeps."""
+        temperature, top_p, _, stop, seed = settings
+        strings, _, eos, stop_token = self._stops(tuple(stop))
         ends = np.flatnonzero(eos | stop_token).tolist()
         asked = [(prompts[r], dict(
             temperature=temperature, top_p=top_p, seed=stable_int("vllm", seed, rows[r], s),
-            max_tokens=min(max_new_tokens, self.context - len(prompts[r])), stop=list(strings),
-            stop_token_ids=ends, ignore_eos=True, detokenize=bool(strings),
-            logprobs=0 if top_p == 1 else None)) for r, s in left]
-        with (
-            contextlib.closing(self._finished(asked)) as finished,
-            journal.progress(len(jobs), "completion", progress, len(jobs) - len(left)) as bar,
-        ):
+            max_tokens=limits[r], stop=list(strings), stop_token_ids=ends, ignore_eos=True,
+            detokenize=bool(strings), logprobs=0 if top_p == 1 else None)) for r, s in jobs]
+        with contextlib.closing(self._finished(asked)) as finished:
             for k, found in finished:
                 c = self._completion(found, strings, eos, stop_token)
-                keep([left[k]], [(c.text, c.token_ids, c.logprobs, c.finish_reason)])
+                keep([jobs[k]], [(c.text, c.token_ids, c.logprobs, c.finish_reason)])
                 bar.update(1)
-        return out
 
     def choice_logprobs(self, texts, choices, progress=None):
         """As `Sampler.choice_logprobs`. For each beginning of the choices of a text vLLM computes
