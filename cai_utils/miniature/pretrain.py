@@ -28,6 +28,7 @@ from cai_utils import dialogue
 from cai_utils.experiment import fingerprint, resume
 from cai_utils.experiment.files import read_json, write_json
 from cai_utils.experiment.writing import explained
+from cai_utils.lm import models as lm_models
 from cai_utils.miniature import corpus, world
 
 SIZES = {  # width, layers, learning rate: 0.1, 0.6, 2.2, 8.7 million parameters less embeddings
@@ -214,7 +215,7 @@ def pretrain(size: str, out: str | os.PathLike, tokens: int | None = None, seed:
     optimizer, schedule = _optimizer(model, lr, steps)
     key = {"size": size, "seed": seed, "context_loss": context_loss, "steps": steps, "lr": lr,
            "widths": list(WIDTHS), "batch": BATCH_TOKENS, "corpus": corpus.corpus_hash(),
-           "before": before["tokens"]}
+           "before": before["tokens"], "hardware": lm_models.hardware()}
     progress = _Progress(
         resume.Checkpoints(out.with_name(out.name + ".partial"), key, f"pretrain {size}"),
         {"model": model, "optimizer": optimizer, "schedule": schedule},
@@ -316,7 +317,8 @@ class _Progress:
 def _train(size, data, heldout, progress, log) -> None:
     """One pass over `data` from where `progress` is, with about 25 evaluations."""
     model, optimizer, schedule = progress.parts.values()
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+    low = lm_models.bf16_pays(model, above=lm_models.BF16_ABOVE)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=low)
     curve, loss_sum, since, seen, first = progress.counts
     began, steps = time.time(), len(data)
     window = max(1, steps // 25)

@@ -11,11 +11,6 @@ from accelerate.utils import parse_flag_from_env
 
 from cai_utils.lm import checkpoints, models
 
-# Parameters from which bf16 pays on a CPU: few, as packed minibatches have few shapes, and only a
-# product's first use is slow (updates in bf16, 2 cores: 0.1M parameters slower, 0.6M 1.3 times as
-# fast, 2.3M 1.8 times).
-BF16_ABOVE = 3e5
-
 
 def process_state():
     """accelerate's state of this process. CPU processes that a launcher started are taken for
@@ -46,7 +41,7 @@ def make_accelerator(model, bf16):
     process_state()
     if bf16 == "auto":
         on_cpu = model.device.type == "cpu"
-        bf16 = models.bf16_pays(model, BF16_ABOVE if on_cpu else models.EAGER_BELOW)
+        bf16 = models.bf16_pays(model, models.BF16_ABOVE if on_cpu else models.EAGER_BELOW)
     options = {"mixed_precision": "bf16"} if bf16 else {}
     launched = PartialState().num_processes > 1
     accelerator = Accelerator(
