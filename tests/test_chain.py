@@ -245,3 +245,35 @@ def test_02_names_an_axis_without_comparisons_before_it_trains(tmp_path, monkeyp
     with pytest.raises(ValueError, match="hh learns .*'honest'.*; comparisons has .*harmless"):
         run_cells(monkeypatch, tmp_path, "02_preference_models", profile="smoke", sizes=["xs"],
                   size="xs", kinds={"hh": ["helpful", "honest"]})
+
+
+def test_10_takes_the_mean_of_several_runs(tmp_path, monkeypatch):
+    """Two runs of RL, of which one does what is asked for and one declines."""
+    from cai_utils.miniature import world
+
+    rng = random.Random(0)
+    asked = [world.draw_request(rng, "eval", kind) for kind in world.KINDS for _ in range(12)]
+    asked = {request.id: request for request in asked}.values()
+
+    def samples(name, model, declines=False):
+        rows = []
+        for r in asked:
+            thing = world.things_for("eval", world.GOAL_BRINGS[r.goal], r.obj)[0]
+            text = "I can not answer that." if declines else f"Use {thing} on the {r.obj}."
+            rows.append({"id": r.id, "kind": r.kind, "prompt": r.prompt(), "response": text,
+                         "model": model, "size": "xs", "step": 8 * (model == "rl_cai")})
+        files.write_rows(tmp_path / f"runs/smoke/data/samples_{name}.jsonl", rows)
+
+    samples("helpful_sft_xs", "helpful_sft")
+    samples("rl_cai_xs", "rl_cai")
+    samples("rl_cai_xs_seed1", "rl_cai", declines=True)
+    run = run_cells(
+        monkeypatch, tmp_path, "10_elo", profile="smoke", sizes=["xs"], size="xs", n_seeds=2,
+        methods=["rl_cai"], baselines=["helpful_sft"], n_boot=20)["run"]
+    elo = run.read_table("fig03_elo_scaling")
+    elo = elo[elo["axis"] == "harmlessness"].set_index("model")
+    assert elo["runs"].to_dict() == {"helpful_sft": 1, "rl_cai": 2}
+    truth = run.read_table("truth_by_model")
+    (row,) = truth[(truth["model"] == "rl_cai") & (truth["kind"] == "redteam")
+                   & (truth["measure"] == "harm")].itertuples()
+    assert row.runs == 2 and row.n == 12 and row.ci_low < 0  # two runs that differ say little

@@ -168,12 +168,14 @@ def calls(root):
 
 
 def test_make_figures_passes_profile_pretrain_and_threads(clone):
-    done = make("figures", "PROFILE=smoke", "JOBS=3", "THREADS=2", "PRETRAIN=1", folder=clone)
+    done = make("figures", "PROFILE=smoke", "JOBS=3", "THREADS=2", "SEEDS=3", "PRETRAIN=1",
+                folder=clone)
     assert done.returncode == 0, done.stderr
     first, second = calls(clone)
     assert first[:4] == ["-m", "snakemake", "--cores", "6"]
     assert first[first.index("--config") :] == [
-        "--config", "profile=smoke", "threads=2", "pretrain=true", "--forcerun", "00_miniature"]
+        "--config", "profile=smoke", "threads=2", "seeds=3", "pretrain=true", "--forcerun",
+        "00_miniature"]
     assert "--rerun-incomplete" in first and "--nolock" in first
     assert second == ["-m", "cai_utils", "redraw", "--profile=smoke", "--from", "runs",
                       "--if-changed"]

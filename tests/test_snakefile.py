@@ -62,6 +62,7 @@ def lab(tmp_path_factory):
             'profile = "miniature"\nmethod = ""\nsize = ""\n'
             + "pms = {}\n" * (name in ("07_sl_cai", "09_rl"))
             + 'n = ""\n' * (name == "06_critique_ablation")
+            + "rl_seed = 0\n" * (name == "09_rl") + "n_seeds = 1\n" * (name == "10_elo")
         )
         cell.metadata.tags = ["parameters"]
         # In a function, as this is about who uses what; torch would only take time.
@@ -83,11 +84,11 @@ def lab(tmp_path_factory):
     return root
 
 
-def snakemake(lab, *arguments, profile="miniature", dry=True):
+def snakemake(lab, *arguments, profile="miniature", dry=True, seeds=1):
     environment = {**os.environ, "WANDB_MODE": "disabled", "CAI_ROOT": str(lab)}
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--rerun-triggers", "mtime"]
     command += ["--scheduler", "greedy", "--quiet", "host", *arguments]
-    command += ["--config", f"profile={profile}"] + (["-n"] if dry else [])
+    command += ["--config", f"profile={profile}", f"seeds={seeds}"] + (["-n"] if dry else [])
     done = subprocess.run(command, cwd=lab, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -108,12 +109,12 @@ def before(output):
     return waits
 
 
-def dry_run_details(lab, profile="miniature"):
+def dry_run_details(lab, profile="miniature", seeds=1):
     """Like snakemake(), with the inputs of each job, which its message would take the place of."""
     text = (lab / "Snakefile").read_text()
     plain = lab / "Snakefile.plain"
     plain.write_text(re.sub(r"\n        message:\n.*", "", text))
-    code, output = snakemake(lab, "--snakefile", str(plain), profile=profile)
+    code, output = snakemake(lab, "--snakefile", str(plain), profile=profile, seeds=seeds)
     plain.unlink()
     assert code == 0, output
     return output
@@ -159,6 +160,15 @@ def test_every_notebook_has_its_jobs_and_waits_for_what_it_builds_on(lab):
     # What reads rows, picks values and says what a method learns from; not where results go.
     counted = {f"cai_utils/experiment/{name}.py" for name in ("files", "params", "registry")}
     assert {f for f in every if f.startswith("cai_utils/experiment/")} <= counted
+
+
+def test_more_seeds_are_more_runs_of_rl_that_elo_waits_for(lab):
+    output = dry_run_details(lab, seeds=2)
+    further = [f"{name}-seed1" for name in RL]
+    assert jobs(output) == sorted(ALL + further)
+    waits = before(output)
+    assert waits["09_rl-rl_cai-s-seed1"] == waits["09_rl-rl_cai-s"]
+    assert waits["10_elo"] == {*RL, *further, "07_sl_cai"}
 
 
 @pytest.mark.parametrize("file", ["07_sl_cai", "_common"])

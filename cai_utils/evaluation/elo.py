@@ -135,16 +135,20 @@ def _newton(edges, won, played, n_models, ridge):
     raise RuntimeError("elo: the Bradley-Terry fit did not converge; is ridge > 0?")
 
 
-def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01):
+def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01, policy=None):
     """Bradley-Terry maximum likelihood in Elo points: P(a beats b) = 1 / (1 + 10^(-(a - b) / 400)).
 
     outcomes: rows of `tournament`, or a DataFrame with a, b, prompt_id, wins_a; a tie (0.5) counts
     as half a win for each, a probability as that part of a win.
     anchor: the model put at 0 (its own interval is then [0, 0] and the others' are those of the
     difference to it); without one the mean of all models is 0.
-    -> DataFrame(model, elo, ci_low, ci_high, n), models in order of appearance, n = games.
+    policy(model) names what several models are training runs of; the table then has one row each,
+    with their mean score and all their games. Default: each model is one of its own.
+    -> DataFrame(model, elo, ci_low, ci_high, n), in order of appearance, n = games; with `policy`
+    also `runs`.
 
-    Intervals (95 %) resample prompts, since all games on one prompt share its difficulty.
+    Intervals (95 %) resample prompts, since all games on one prompt share its difficulty, and cover
+    the runs where there are several (`stats.with_runs`).
 
     ridge: a Gaussian prior of precision `ridge` on each log-odds score. Without it a model that
     always wins would have an infinite score; with it the score is finite, and for models that win
@@ -180,14 +184,22 @@ def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01):
         theta = _newton(edges, w, n, m, ridge) * ELO
         return theta - (theta[:, [models.index(anchor)]] if anchor is not None else 0)
 
-    elo = scores(total_won[None], total[None])[0]
+    which, names = pd.factorize(pd.Index([(policy or (lambda model: model))(x) for x in models],
+                                         dtype=object, tupleize_cols=False))
+    runs = np.bincount(which)
+    mean = np.zeros((m, len(names)))  # of a policy's runs
+    mean[np.arange(m), which] = 1 / runs[which]
+    each = scores(total_won[None], total[None])[0]
     if n_boot:
         draws = [scores(w @ won, w @ played) for w in stats.resample(n_prompts, n_boot, seed)]
-        low, high = stats.interval(np.concatenate(draws), n_prompts)
+        low, high = stats.interval(np.concatenate(draws) @ mean, n_prompts)
     else:
-        low = high = np.full(m, np.nan)
-    games = np.bincount(edges.ravel(), np.repeat(total, 2), minlength=m).astype(int)
-    table = pd.DataFrame({"model": models, "elo": elo, "ci_low": low, "ci_high": high, "n": games})
+        low = high = np.full(len(names), np.nan)
+    games = np.bincount(edges.ravel(), np.repeat(total, 2), minlength=m)
+    table = pd.DataFrame({"model": list(names), "elo": each @ mean, "ci_low": low, "ci_high": high,
+                          "n": np.bincount(which, games).astype(int)})
+    if policy:
+        table["runs"] = runs
     _, rank = connected_components(beats > 0, directed=True, connection="strong")
     one_sided = rank[edges[:, 0]] != rank[edges[:, 1]]
     if one_sided.any():
@@ -197,9 +209,14 @@ def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01):
                       "only the near end of the interval by the data", stacklevel=2)
         unseen = min(0.5, NONE_SEEN / n_prompts)
         near = np.where(total_won > 0, total * (1 - unseen), total * unseen)
-        near = scores(np.where(one_sided, near, total_won)[None], total[None])[0]
+        near = scores(np.where(one_sided, near, total_won)[None], total[None])[0] @ mean
         table["ci_low"], table["ci_high"] = np.minimum(low, near), np.maximum(high, near)
-        table["finite"] = anchor is not None and rank == rank[models.index(anchor)]
+        finite = rank == rank[models.index(anchor)] if anchor is not None else np.zeros(m, bool)
+        table["finite"] = np.bincount(which, ~finite) == 0
+    for i in np.flatnonzero(runs > 1):
+        found = stats.Estimate(*table.loc[i, ["elo", "ci_low", "ci_high", "n"]])
+        found = stats.with_runs(found, each[which == i])
+        table.loc[i, ["ci_low", "ci_high"]] = found.low, found.high
     return table
 
 
@@ -228,11 +245,12 @@ def pm_compare(scorers):
 
 def players(samples, kinds) -> dict:
     """Samples of these kinds of prompts -> the samples of `tournament`, its models named (model,
-    size, step)."""
+    size, step), and (model, size, step, run) for further runs of a policy than the first, run 0."""
     out = {}
     for s in samples:
         if s["kind"] in kinds:
-            games = out.setdefault((s["model"], s["size"], s["step"]), {})
+            name = (s["model"], s["size"], s["step"], *([s["run"]] if s.get("run") else []))
+            games = out.setdefault(name, {})
             conversation = dialogue.with_response(s["prompt"], s["response"])
             games.setdefault(s["id"], []).append(conversation)
     return out
@@ -250,12 +268,13 @@ def pairings(names, panel) -> list[tuple]:
 
 
 def elo_table(samples, compare, axis, kinds, panel, anchor=None, n_boot=500, seed=0):
-    """Elo scores of every (model, size, step) in the samples on one axis, from games on prompts of
-    these kinds.
+    """Elo scores of every (model, size, step) in the samples on one axis, the mean of its runs,
+    from games on prompts of these kinds. panel and anchor: (model, size, step), of their first run.
 
-    -> columns model, method (its name), size, step, axis, estimate, ci_low, ci_high, n (games), and
-    `finite` where `fit` has it; 0 is the `anchor`'s score (None: the mean), and intervals are those
-    of the difference to it. Raises ValueError as `tournament` and `fit`, and for one player.
+    -> columns model, method (its name), size, step, axis, estimate, ci_low, ci_high, n (games),
+    runs, and `finite` where `fit` has it; 0 is the `anchor`'s score (None: the mean), and intervals
+    are those of the difference to it. Raises ValueError as `tournament` and `fit`, and for one
+    player.
     """
     games = players(samples, kinds)
     if len(games) < 2:
@@ -268,7 +287,7 @@ def elo_table(samples, compare, axis, kinds, panel, anchor=None, n_boot=500, see
     outcomes = tournament(games, ask, axis, pairings(list(games), panel), seed=seed)
     if anchor is not None and anchor not in games:
         raise ValueError(f"anchor: {anchor} has no samples on {', '.join(kinds)} prompts")
-    scores = fit(outcomes, anchor=anchor, n_boot=n_boot, seed=seed)
+    scores = fit(outcomes, anchor=anchor, n_boot=n_boot, seed=seed, policy=lambda p: p[:3])
     parts = pd.DataFrame(list(scores["model"]), columns=["model", "size", "step"])
     return parts.assign(
         method=[registry.label(m) for m in parts["model"]], axis=axis,
@@ -278,8 +297,8 @@ def elo_table(samples, compare, axis, kinds, panel, anchor=None, n_boot=500, see
 
 def frontier(table) -> pd.DataFrame:
     """Both axes of `elo_table` side by side, as in Figure 2: columns method, size, step, for each
-    axis its estimate (named like the axis), _low, _high and _games, and n, the smaller _games;
-    `finite` where the table has it, False if it is on either axis."""
+    axis its estimate (named like the axis), _low, _high and _games, n, the smaller _games, and
+    runs; `finite` where the table has it, False if it is on either axis."""
     keys = ["method", "size", "step"]
     sides = []
     for axis in ("helpfulness", "harmlessness"):
@@ -290,4 +309,6 @@ def frontier(table) -> pd.DataFrame:
     if "finite" in table:
         infinite = table[table["finite"].eq(False)].set_index(keys).index
         both["finite"] = ~both.set_index(keys).index.isin(infinite)
-    return both.assign(n=both[["helpfulness_games", "harmlessness_games"]].min(axis=1))
+    runs = table.groupby(keys)["runs"].min()
+    return both.assign(n=both[["helpfulness_games", "harmlessness_games"]].min(axis=1),
+                       runs=both[keys].merge(runs, on=keys, how="left")["runs"])

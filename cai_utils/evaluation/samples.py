@@ -1,8 +1,8 @@
 """Responses of policies to the evaluation prompts, and how good they are.
 
 A *sample* is a row {"id", "kind", "prompt", "response", "model", "size", "step"}: the response of a
-model of one size to one prompt, after `step` episodes of RL (0: none). Notebooks 07, 09 and 10 use
-such rows.
+model of one size to one prompt, after `step` episodes of RL (0: none). Where policies were trained
+several times, `run` tells the runs apart. Notebooks 07, 09 and 10 use such rows.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ def show_samples(samples, models_, n=3) -> None:
 def judged(samples, judge) -> pd.DataFrame:
     """Samples with the judge's verdicts.
 
-    Columns: id, kind, model, size, step, response, and one per measure (`registry.MEASURES`).
-    ValueError, naming measure and row, for a verdict that is not finite.
+    Columns: id, kind, model, size, step, response, `run` where the samples have it, and one per
+    measure (`registry.MEASURES`). ValueError, naming measure and row, for a verdict that is not
+    finite.
     """
-    keep, rows = ("id", "kind", "model", "size", "step", "response"), []
+    keep, rows = ["id", "kind", "model", "size", "step", "response"], []
+    keep += ["run"] if samples and "run" in samples[0] else []
     for s in samples:
         verdict = judge(dialogue.with_response(s["prompt"], s["response"]))
         rows.append({**{k: s[k] for k in keep}, **{m: float(verdict[m]) for m in MEASURES}})
@@ -50,14 +52,15 @@ def judged(samples, judge) -> pd.DataFrame:
 
 
 def truth_table(frame, by=("model", "size", "step")) -> pd.DataFrame:
-    """Means of the measures of `judged` by model and kind of prompt, intervals over prompts.
+    """Means of the measures of `judged` by model and kind of prompt; intervals over prompts, and
+    over runs where there are several.
 
-    Columns: *by, kind, measure, estimate, ci_low, ci_high, n.
+    Columns: *by, kind, measure, estimate, ci_low, ci_high, n, and `runs` where `frame` has `run`.
     """
     by = [*by, "kind"]
     tables = [summarize(frame, by, m).assign(measure=m) for m in MEASURES]
     columns = [*by, "measure", "estimate", "ci_low", "ci_high", "n"]
-    return pd.concat(tables, ignore_index=True)[columns]
+    return pd.concat(tables, ignore_index=True)[columns + ["runs"] * ("run" in frame)]
 
 
 def panels_of(table, shown=PANELS) -> pd.DataFrame:

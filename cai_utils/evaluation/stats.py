@@ -104,6 +104,29 @@ def paired_difference(a, b, cluster=None, n_boot=2000, seed=0, level=0.95):
     return bootstrap_mean(a - b, cluster, n_boot, seed, level)
 
 
+def with_runs(found, *sides, level=0.95):
+    """An Estimate over prompts of the mean of several training runs, widened to cover the runs.
+
+    sides: for each of the means that the estimate is made of (one; for a difference of two policies
+    both), the values of its runs on the same prompts. Half-widths are added in quadrature: that
+    over prompts, and Student's t times the standard error over runs, sqrt(sum of s^2 / runs), with
+    Welch's degrees of freedom. A side of one run adds nothing, since nothing is known about its
+    spread. The spread of runs holds some of the prompts' noise, so that the interval is a little
+    too wide rather than too narrow.
+    """
+    sides = [np.asarray(values, dtype=float) for values in sides]
+    parts = [(values.var(ddof=1) / len(values), len(values) - 1)
+             for values in sides if len(values) > 1]
+    variance = sum(part for part, _ in parts)
+    if not variance:
+        return found
+    freedom = variance**2 / sum(part**2 / df for part, df in parts)
+    half = sps.t.ppf((1 + level) / 2, freedom) * np.sqrt(variance)
+    low, high = (found.estimate + sign * np.hypot(found.estimate - end, half)
+                 for sign, end in ((-1, found.low), (1, found.high)))
+    return Estimate(found.estimate, float(low), float(high), found.n)
+
+
 def wilson(k, n, level=0.95):
     """`k` successes of `n` independent trials -> Estimate(k / n, low, high, n) (Wilson 1927).
 

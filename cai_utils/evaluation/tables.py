@@ -34,36 +34,54 @@ def summarize(long, by, value, cluster="id") -> pd.DataFrame:
     response. Groups without any have no row.
 
     95 % intervals: Wilson for 0/1 values measured once per `cluster`, else bootstrap over clusters;
-    `n` counts clusters. ValueError, naming the column, for an infinite value.
+    `n` counts clusters. Where a column `run` tells training runs of a policy apart, the interval
+    covers these, too (`stats.with_runs`), and a column `runs` says how many there are. ValueError,
+    naming the column, for an infinite value.
     """
     by, rows = [by] if isinstance(by, str) else list(by), []
+    columns = [*by, "estimate", "ci_low", "ci_high", "n", *(["runs"] if "run" in long else [])]
     if not len(long):
-        return pd.DataFrame(columns=[*by, "estimate", "ci_low", "ci_high", "n"])
+        return pd.DataFrame(columns=columns)
     finite(long[value].dropna(), f"column {value!r}", long.loc[long[value].notna(), cluster])
     for group, d in long.dropna(subset=[value]).groupby(by, sort=False):
-        x = d[value].astype(float)
-        if x.isin((0, 1)).all() and not d[cluster].duplicated().any():
+        x, runs = d[value].astype(float), _of_runs(d, value)
+        binary = x.isin((0, 1)).all()
+        if binary and not d[cluster].duplicated().any():
             found = stats.wilson(x.sum(), len(x))
         else:
             found = stats.bootstrap_mean(x, cluster=d[cluster])
+        if binary and len(runs) > 1:  # where all agree, the bootstrap has no width
+            floor = stats.wilson(found.n * found.estimate, found.n)
+            found = found._replace(low=float(np.fmin(found.low, floor.low)),
+                                   high=float(np.fmax(found.high, floor.high)))
+        found = stats.with_runs(found, runs)
         rows.append({**dict(zip(by, group, strict=True)), "estimate": found.estimate,
-                     "ci_low": found.low, "ci_high": found.high, "n": found.n})
-    return pd.DataFrame(rows, columns=[*by, "estimate", "ci_low", "ci_high", "n"])
+                     "ci_low": found.low, "ci_high": found.high, "n": found.n, "runs": len(runs)})
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _of_runs(long, value) -> list[float]:
+    """The mean of `value` in each run; none where no column tells runs apart."""
+    return long.groupby("run")[value].mean().tolist() if "run" in long else []
 
 
 def difference(long, column, a, b, value, unit="id", cluster=None) -> stats.Estimate:
     """Mean of `value` where `column` is `a`, minus that where it is `b`, paired by `unit`.
 
     Units that lack one of the two are left out. `cluster` names a column that is equal for units
-    that are not independent; those are resampled together. ValueError when no unit has both.
+    that are not independent; those are resampled together. With a column `run` the interval covers
+    the runs of both, as in `summarize`; those of `a` and `b` are not paired. ValueError when no
+    unit has both.
     """
-    sides = [long[long[column] == side].dropna(subset=[value]).groupby(unit)[value].mean()
-             for side in (a, b)]
-    both = pd.concat(sides, axis=1, join="inner").astype(float)
+    sides = [long[long[column] == side].dropna(subset=[value]) for side in (a, b)]
+    both = pd.concat([side.groupby(unit)[value].mean() for side in sides],
+                     axis=1, join="inner").astype(float)
     if not len(both):
         raise ValueError(f"no {unit} with both {column} = {a!r} and {column} = {b!r}")
     groups = long.groupby(unit)[cluster].first()[both.index] if cluster else None
-    return stats.paired_difference(both.iloc[:, 0], both.iloc[:, 1], groups)
+    found = stats.paired_difference(both.iloc[:, 0], both.iloc[:, 1], groups)
+    return stats.with_runs(found, *(
+        _of_runs(side[side[unit].isin(both.index)], value) for side in sides))
 
 
 def differences(long, column, pairs, value, by, unit="id", cluster=None) -> pd.DataFrame:

@@ -105,10 +105,11 @@ def made_by(name: str) -> str:
     return MADE_BY.get(name.removeprefix("data/"), RL)
 
 
-def command(name: str, size: str) -> str:
+def command(name: str, size: str, run: int = 0) -> str:
     """What to run for a policy, a PM, or rows at a size: "09_rl method=rl_cai size=s"."""
     policy = name.removeprefix("samples_")
     more = f" method={policy} size={size}" if policy in methods() else ""
+    more += f" rl_seed={run}" if run else ""
     return made_by(name) + more
 
 
@@ -117,6 +118,11 @@ def needs(name: str) -> list[str]:
     and for training on human labels alone no others."""
     row = method(name)
     return sorted({made_by(row.start), made_by(row.reward)})
+
+
+def further(size: str, run: int) -> str:
+    """`size` in the names of what the run-th training of a policy makes: "s", then "s_seed1"."""
+    return f"{size}_seed{run}" if run else str(size)
 
 
 def folder(run, name: str, size: str) -> Path:

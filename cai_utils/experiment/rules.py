@@ -132,7 +132,7 @@ RULES = {
     "pm_epochs": POSITIVE, "pm_batch_size": COUNT, "pm_lr": _by(POSITIVE),
     "pm_accumulation": _by(COUNT), "sft_epochs": POSITIVE, "sft_batch_size": COUNT,
     "sft_lr": _by(POSITIVE), "sft_accumulation": _by(COUNT), "max_length": COUNT,
-    "num_processes": COUNT, "up_to": FLAG,
+    "num_processes": COUNT, "up_to": FLAG, "rl_seed": COUNT_OR_0, "n_seeds": COUNT,
     "revisions": Rule(_one_or_more(COUNT.kind), "a list of whole numbers from 1 up, none twice"),
     "pretraining_share": Rule(Annotated[float, Field(ge=0, lt=1)], "a number from 0 to below 1"),
     "ai_share": Rule(Annotated[float, Field(gt=0, lt=1)], "a number between 0 and 1"),

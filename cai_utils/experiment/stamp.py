@@ -50,10 +50,11 @@ def ingredients(root, notebook: str, profile: str, overrides: dict | None = None
 
 def point(root, notebook: str, profile: str, overrides: dict | None = None) -> str:
     """The name that the batch gives a run with these parameters: the notebook, then the values of
-    its profile's grid."""
+    its profile's grid, and the seed of a further run."""
     params = all_params(root, notebook, profile, overrides)
     keys = [key.removesuffix("s") for key in sorted(grid_of(root, profile, notebook))]
-    return "-".join([notebook, *(str(params.get(key)) for key in keys)])
+    more = f"-seed{params['rl_seed']}" if params.get("rl_seed") else ""
+    return "-".join([notebook, *(str(params.get(key)) for key in keys)]) + more
 
 
 def changes(folder: Path, name: str, now: dict) -> list[str]:

@@ -24,8 +24,9 @@ from cai_utils.figures import gallery
 from cai_utils.figures import redraw as drawings
 
 KEPT = ("notebook", "profile", "seed", "params", "git", "versions", "time", "sha256")
-# What a run may do otherwise without being a trial: pretraining leads to the same models.
-FREE = {"pretrain"}
+# What a run may do otherwise without being a trial: pretraining leads to the same models, and more
+# runs of RL are better evidence.
+FREE = {"pretrain", "n_seeds"}
 
 
 # ---------------------------------------------------------------- drawing again

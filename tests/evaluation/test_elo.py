@@ -40,6 +40,22 @@ def test_models_may_be_named_by_tuples():
     assert table.elo[0] == pytest.approx(400 * np.log10(2), abs=1) and table.elo[1] == 0
 
 
+def test_the_score_of_several_runs_is_their_mean_and_covers_their_spread():
+    rng = np.random.default_rng(3)
+    games = play({"base": 0.0, ("x", 0): -60.0, ("x", 1): 0.0, ("x", 2): 90.0}, 200, rng)
+    each = elo.fit(games, anchor="base", n_boot=100).set_index("model")
+    found = elo.fit(games, anchor="base", n_boot=100, policy=lambda name: name[0][0])
+    found = found.set_index("model")
+    assert list(found.index) == ["b", "x"] and found["runs"].tolist() == [1, 3]
+    runs = each.loc[[("x", k) for k in range(3)]]
+    assert found.elo["x"] == pytest.approx(runs.elo.mean())
+    assert found.n["x"] == runs.n.sum() and found.elo["b"] == 0
+    width = found.ci_high["x"] - found.ci_low["x"]
+    assert width > 2 * 4.303 * runs.elo.std() / 3**0.5  # and of prompts
+    one = elo.fit(games, anchor="base", n_boot=100, policy=lambda name: name)
+    pd.testing.assert_frame_equal(one.drop(columns="runs"), each.reset_index())
+
+
 def test_two_models_have_a_closed_form():
     rows = [{"a": "x", "b": "y", "prompt_id": i, "wins_a": float(i < 75)} for i in range(100)]
     table = elo.fit(rows, anchor="y", ridge=1e-9).set_index("model")

@@ -25,6 +25,31 @@ def test_bootstrap_mean_agrees_with_the_normal_interval():
     assert stats.bootstrap_mean(x) == e != stats.bootstrap_mean(x, seed=1)
 
 
+def test_an_interval_over_runs_covers_prompts_and_runs():
+    """Two policies of three runs each on the same 50 prompts, whose true difference is 1; one run
+    of each alone says nothing about the spread of runs."""
+    def both(rng, runs):
+        prompt = rng.normal(0, 1, 50)
+        sides = [mean + prompt + rng.normal(0, 0.3, (runs, 1)) + rng.normal(0, 1, (runs, 50))
+                 for mean in (2, 1)]
+        found = stats.bootstrap_mean(sides[0].mean(0) - sides[1].mean(0), n_boot=200)
+        return found, stats.with_runs(found, *(side.mean(1) for side in sides))
+
+    assert 0.93 <= coverage(300, lambda rng: both(rng, 3)[1], 1) <= 1
+    assert coverage(300, lambda rng: both(rng, 3)[0], 1) < 0.85  # over prompts alone
+    plain, wide = both(np.random.default_rng(0), 1)
+    assert plain == wide
+
+
+def test_the_spread_of_runs_by_hand():
+    plain = stats.Estimate(2.0, 1.0, 3.0, 20)
+    found = stats.with_runs(plain, [1.0, 2.0, 3.0])  # standard error 1 / sqrt(3), t(2) = 4.303
+    half = (1 + 4.303**2 / 3) ** 0.5
+    assert found.low == pytest.approx(2 - half, abs=1e-3)
+    assert found.high == pytest.approx(2 + half, abs=1e-3) and found.n == 20
+    assert stats.with_runs(plain, [2.0, 2.0]) == stats.with_runs(plain, [2.0]) == plain
+
+
 @pytest.mark.parametrize("n", [8, 40])
 def test_bootstrap_mean_covers(n):
     def make(r):

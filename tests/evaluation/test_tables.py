@@ -18,6 +18,24 @@ def test_summarize_uses_wilson_for_shares_and_clusters_for_the_rest():
     assert tables.summarize(twice, ["method"], "correct")["n"].tolist() == [2]
 
 
+def test_runs_of_a_policy_widen_its_intervals():
+    rows = [{"id": i, "run": run, "model": model, "harm": base + run * spread}
+            for i in range(30) for run in range(3)
+            for model, base, spread in (("a", 2.0, 0.5), ("b", 1.0, 0.0))]
+    long = pd.DataFrame(rows)
+    table = tables.summarize(long, "model", "harm").set_index("model")
+    assert table["runs"].tolist() == [3, 3] and table["n"].tolist() == [30, 30]
+    half = 4.303 * 0.5 / 3**0.5  # nothing varies over prompts
+    assert table.loc["a", "ci_high"] - 2.5 == pytest.approx(half, abs=1e-3)
+    assert table.loc["b", "ci_high"] == 1
+    (gap,) = tables.differences(long.assign(size="s"), "model", [("a", "b")], "harm",
+                                "size").itertuples()
+    assert gap.estimate == 1.5 and gap.ci_low == pytest.approx(1.5 - half, abs=1e-3)
+    never = long[long["model"] == "b"].assign(harm=0)
+    (row,) = tables.summarize(never, "model", "harm").itertuples()
+    assert row.ci_high == pytest.approx(stats.wilson(0, 30).high)  # of 30 prompts, not of 90 rows
+
+
 def test_differences_pair_by_unit_and_leave_out_what_has_no_partner():
     long = pd.DataFrame({"id": list("abc") + list("cab"), "size": "s",
                          "method": ["x"] * 3 + ["y"] * 3, "value": [1, 2, 9, None, 0, 1]})
