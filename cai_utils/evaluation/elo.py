@@ -184,11 +184,8 @@ def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01, policy=None):
         theta = _newton(edges, w, n, m, ridge) * ELO
         return theta - (theta[:, [models.index(anchor)]] if anchor is not None else 0)
 
-    which, names = pd.factorize(pd.Index([(policy or (lambda model: model))(x) for x in models],
-                                         dtype=object, tupleize_cols=False))
+    names, which, mean = _policies(models, policy)
     runs = np.bincount(which)
-    mean = np.zeros((m, len(names)))  # of a policy's runs
-    mean[np.arange(m), which] = 1 / runs[which]
     each = scores(total_won[None], total[None])[0]
     if n_boot:
         draws = [scores(w @ won, w @ played) for w in stats.resample(n_prompts, n_boot, seed)]
@@ -196,7 +193,7 @@ def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01, policy=None):
     else:
         low = high = np.full(len(names), np.nan)
     games = np.bincount(edges.ravel(), np.repeat(total, 2), minlength=m)
-    table = pd.DataFrame({"model": list(names), "elo": each @ mean, "ci_low": low, "ci_high": high,
+    table = pd.DataFrame({"model": names, "elo": each @ mean, "ci_low": low, "ci_high": high,
                           "n": np.bincount(which, games).astype(int)})
     if policy:
         table["runs"] = runs
@@ -220,25 +217,32 @@ def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01, policy=None):
     return table
 
 
+def _policies(models, policy):
+    """Names of the policies that models are runs of, the policy of each model (M,), and the matrix
+    (M, P) that takes the mean over runs."""
+    names = [policy(model) for model in models] if policy else models
+    which, names = pd.factorize(pd.Index(names, dtype=object, tupleize_cols=False))
+    mean = np.zeros((len(models), len(names)))
+    mean[np.arange(len(models)), which] = 1 / np.bincount(which)[which]
+    return list(names), which, mean
+
+
 def pm_compare(scorers):
     """A judge for `tournament` that uses preference models: the probability sigmoid(difference of
     scores).
 
     scorers: {axis: preference.Scorer or folder of a PM}. A conversation is scored once.
     """
-    from cai_utils import preference  # it imports all that trains PMs
+    from cai_utils import preference  # these import all that trains PMs
+    from cai_utils.evaluation.agreement import Once
 
-    loaded = {axis: s if hasattr(s, "score") else preference.Scorer(s)
+    loaded = {axis: Once(s if hasattr(s, "score") else preference.Scorer(s))
               for axis, s in scorers.items()}
-    known = {}
 
     def compare(a, b, axis, rng):
-        for conversation in (a, b):
-            key = (axis, dialogue.transcript(conversation))
-            if key not in known:
-                known[key] = float(loaded[axis].score([conversation])[0])
-        gap = known[axis, dialogue.transcript(a)] - known[axis, dialogue.transcript(b)]
-        return 1 / (1 + math.exp(min(-gap, 700)))  # exp(710) is no float
+        # One at a time: a score does not hang on the conversations that are scored beside it.
+        first, second = (float(loaded[axis].score([conversation])[0]) for conversation in (a, b))
+        return 1 / (1 + math.exp(min(second - first, 700)))  # exp(710) is no float
 
     return compare
 
