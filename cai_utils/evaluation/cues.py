@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from cai_utils import multiple_choice
 from cai_utils.evaluation import refusal_rule
 
 FREQUENT = 100  # words, and as many pairs of words, that are cues
@@ -47,6 +46,8 @@ def read(rows, what: str) -> list[Item]:
     The answers of a question are the options of its prompt; where these cannot be read,
     `text_correct` and `text_incorrect`. ValueError, naming row and field, for a row without texts.
     """
+    from cai_utils import multiple_choice  # it loads torch, which figures can do without
+
     rows = list(rows)
     for i, row in enumerate(rows):
         if not isinstance(row, dict):

@@ -12,7 +12,8 @@ the rules for a part are chosen on the next two. So no two parts choose for each
 tie their errors together and make the intervals too narrow. In labels that mean nothing the best of
 200 rules is then as right as chance; of the single rules one in twenty has an interval without it.
 The classifier learns from all other parts, and its interval is the wider for it, by the correction
-of Nadeau and Bengio (2003, section 3) for overlapping training sets.
+of Nadeau and Bengio (2003, "Inference for the Generalization Error") for training sets that
+overlap.
 
 Sets are of two kinds. In most, a rule picks one of several *answers*: the one with more of a cue or
 with less; where answers are equal in it, they share the credit. Where all questions have the same
@@ -32,12 +33,14 @@ from scipy.special import expit, logsumexp, softmax
 
 from cai_utils import seeds
 from cai_utils.evaluation import cues, stats
+from cai_utils.evaluation.tables import report
 
 BEST, CLASSIFIER = "best surface rule", "classifier of words and pairs"
 COLUMNS = ["rule", "direction", "chosen_on", "estimate", "ci_low", "ci_high", "n"]
 PARTS = 5
 _STRENGTHS = (0.003, 0.03, 0.3)  # what an item weighs against the squared norm / 2
 _N_BOOT = 1000
+ALWAYS = ("characters", "words", "sentences", "position")
 
 
 def audit(rows, train=None, seed=0, classifier=True) -> pd.DataFrame:
@@ -61,9 +64,10 @@ def audit(rows, train=None, seed=0, classifier=True) -> pd.DataFrame:
         names.insert(1, CLASSIFIER)
         directions.insert(1, "")
         credit = np.insert(credit, 1, found.classifier(), axis=0)
-    estimates = _estimates(credit, [item.conversation for item in found.scored], seed)
+    estimate, low, high, n = stats.bootstrap_means(
+        credit, [item.conversation for item in found.scored], _N_BOOT, seed)
     table = pd.DataFrame({"rule": names, "direction": directions, "chosen_on": found.chosen_on,
-                          **estimates})[COLUMNS]
+                          "estimate": estimate, "ci_low": low, "ci_high": high, "n": n})
     parts = len(found.learned)
     if classifier and parts > 1:  # its parts learn from each other, which ties their errors
         for end in ("ci_low", "ci_high"):
@@ -86,15 +90,27 @@ def best(rows, train=None, seed=0) -> list[dict]:
             for item, right in zip(found.scored, credit, strict=True)]
 
 
-def top(table, n=5) -> pd.DataFrame:
-    """The rows of an `audit` to show: the best rule, the classifier, and the n rules that score
-    highest; of several sets, by column `set`, those of each."""
-    if "set" in table:
-        parts = [top(part.drop(columns="set"), n).assign(set=name)
-                 for name, part in table.groupby("set", sort=False)]
-        return pd.concat(parts, ignore_index=True) if parts else table
-    whole = table["rule"].isin((BEST, CLASSIFIER))
-    return pd.concat([table[whole], table[~whole].head(n)], ignore_index=True)
+def top(table, n=20) -> pd.DataFrame:
+    """The rows of an `audit` worth keeping: the best rule, the classifier, those ALWAYS asked for,
+    and the n that score highest; of several sets, named by column `set`, those of each."""
+    if "set" not in table:
+        always = table["rule"].isin((BEST, CLASSIFIER, *ALWAYS))
+        return table[always | ((~always).cumsum() <= n)].reset_index(drop=True)
+    parts = [top(part.drop(columns="set"), n) for _, part in table.groupby("set", sort=False)]
+    named = [part.assign(set=name)[["set", *COLUMNS]]
+             for name, part in zip(dict.fromkeys(table["set"]), parts, strict=True)]
+    return pd.concat(named, ignore_index=True) if named else table
+
+
+def show(table, n=3) -> None:
+    """Print the n first rules of an `audit` beside the best rule and the classifier, with their
+    intervals, or that there is none; of several sets, by column `set`, those of each."""
+    if not len(table):
+        print("no rule is scored: fewer than three conversations have a label")
+    for name, part in table.groupby("set", sort=False) if "set" in table else [("", table)]:
+        whole = part["rule"].isin((BEST, CLASSIFIER))
+        print(f"-- {name}" if name else "-- rules of one cue")
+        report(pd.concat([part[whole], part[~whole].head(n)]), ["rule", "direction"])
 
 
 class _Audit:
@@ -318,20 +334,3 @@ def _fitted(loss, size, groups, seed):
         strength: loss(fitted(np.flatnonzero(~held), strength), np.flatnonzero(held))[0]
         for strength in _STRENGTHS}
     return fitted(np.arange(len(groups)), min(tried, key=tried.get, default=_STRENGTHS[0]))
-
-
-def _estimates(credit, conversations, seed) -> dict[str, np.ndarray]:
-    """estimate, ci_low, ci_high, n of each line of credit (R, N); all share their resamples."""
-    codes, names = pd.factorize(pd.Series(conversations, dtype=object))
-    n = len(names)
-    totals, count = np.zeros((n, len(credit))), np.bincount(codes)
-    np.add.at(totals, codes, credit.T)
-    draws = np.concatenate([w @ totals / (w @ count)[:, None]
-                            for w in stats.resample(n, _N_BOOT, seed)])
-    low, high = stats.interval(draws, n)
-    estimate = credit.mean(1)
-    for r, line in enumerate(credit):
-        if n > 1 and ((n == len(line) and np.isin(line, (0, 1)).all()) or low[r] == high[r]):
-            found = stats.wilson(estimate[r] * n, n)
-            low[r], high[r] = found.low, found.high
-    return {"estimate": estimate, "ci_low": low, "ci_high": high, "n": n}
