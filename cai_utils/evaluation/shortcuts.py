@@ -39,7 +39,6 @@ BEST, CLASSIFIER = "best surface rule", "classifier of words and pairs"
 COLUMNS = ["rule", "direction", "chosen_on", "estimate", "ci_low", "ci_high", "n"]
 PARTS = 5
 _STRENGTHS = (0.003, 0.03, 0.3)  # what an item weighs against the squared norm / 2
-_N_BOOT = 1000
 ALWAYS = ("characters", "words", "sentences", "position")
 
 
@@ -62,10 +61,10 @@ def audit(rows, train=None, seed=0, classifier=True) -> pd.DataFrame:
     names, directions, credit = found.rules()
     if classifier:
         names.insert(1, CLASSIFIER)
-        directions.insert(1, "")
+        directions.insert(1, "all at once")
         credit = np.insert(credit, 1, found.classifier(), axis=0)
     estimate, low, high, n = stats.bootstrap_means(
-        credit, [item.conversation for item in found.scored], _N_BOOT, seed)
+        credit, [item.conversation for item in found.scored])
     table = pd.DataFrame({"rule": names, "direction": directions, "chosen_on": found.chosen_on,
                           "estimate": estimate, "ci_low": low, "ci_high": high, "n": n})
     parts = len(found.learned)
@@ -90,7 +89,7 @@ def best(rows, train=None, seed=0) -> list[dict]:
             for item, right in zip(found.scored, credit, strict=True)]
 
 
-def top(table, n=20) -> pd.DataFrame:
+def top(table, n=10) -> pd.DataFrame:
     """The rows of an `audit` worth keeping: the best rule, the classifier, those ALWAYS asked for,
     and the n that score highest; of several sets, named by column `set`, those of each."""
     if "set" not in table:

@@ -217,9 +217,9 @@ def by_size(ax, df, hue, chance=None):
 
 def surface_note(note, names):
     """The note, with what the best surface rule is where it is among the names."""
-    about = ("best surface rule, with its 95 % interval: the most accurate of all rules of one cue "
-             "(length, sentences, a word, ...), chosen on other rows than those it is scored on")
-    return f"{note}; {about}" if BEST in set(names) else note
+    about = (f"{BEST}, with its 95 % interval: the most accurate rule of one cue (length, "
+             "sentences, a word, ...), chosen on other rows")
+    return f"{note}; {about}" if BEST in {*names} else note
 
 
 def calibration_panel(ax, df, hue):

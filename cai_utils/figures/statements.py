@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from cai_utils.evaluation.statements import SHARES
 from cai_utils.figures import panels, style
 
@@ -26,7 +28,7 @@ def policy_statements(df, note="bars: 95 % intervals over prompts; distinct answ
         raise ValueError("policy_statements: column 'measure' has none of " + ", ".join(SHARES))
     kinds.sort(key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS))
     methods, sizes = style.ordered(df["method"]), style.sizes_of(df)
-    fig, axes = panels.grid(len(kinds), len(shares), 0.5 + 0.2 * len(methods),
+    fig, axes = panels.grid(len(kinds), len(shares), max(1.4, 0.5 + 0.2 * len(methods)),
                             7 / max(2, len(shares)), sharex=True, sharey=True)
     for row, kind in zip(axes, kinds, strict=True):
         for ax, measure in zip(row, shares, strict=True):
@@ -41,7 +43,7 @@ def policy_statements(df, note="bars: 95 % intervals over prompts; distinct answ
                    ylim=(len(methods) - 0.5, -0.5), xlim=(-0.04, 1.04), xticks=(0, 0.5, 1))
         row[0].set_ylabel(f"{kind} prompts")
     for ax, measure in zip(axes[0], shares, strict=True):
-        ax.set_title(measure.replace(", ", ",\n") if len(measure) > 18 else measure, fontsize=7)
+        ax.set_title(textwrap.fill(measure, 18), fontsize=7)
     for ax in axes[-1]:
         ax.set_xlabel("Share")
     panels.legend(fig, axes, note)

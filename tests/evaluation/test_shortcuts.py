@@ -1,4 +1,4 @@
-"""The audit finds a planted cue, nothing in labels that mean nothing, and says what is malformed."""
+"""The audit finds a planted cue, nothing in labels that mean nothing, and names malformed rows."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 
 from cai_utils.evaluation import cues, shortcuts
 
-WORDS = "a stone by the river my clouds papers green seventy under maybe often light tables north".split()
+WORDS = "a stone by the river my clouds papers green seventy under maybe often light tables".split()
 
 
 def text(rng, n=None):
@@ -134,15 +134,13 @@ def test_texts_are_sorted_where_all_questions_have_the_same_options():
     ([comparison("a", "b"), {**comparison("a", "b"), "chosen": []}], "row 1: 'chosen' is []; give"),
     ([["a", "b"]], "row 0: ['a', 'b'] is not a row with fields; give"),
     ([{"corrects": [" (A)"], "incorrects": [" (B)"]}], "row 0: missing field 'prompt'; give"),
-    ([{**question("a", "b"), "incorrects": [" (C)"]}], "options (A), (B), .*; correct them, or"),
+    ([{**question("a", "b"), "incorrects": [" (C)"]}],
+     "row 0: 'prompt' has lines for the options (A), (B), 'corrects' and 'incorrects' have others"),
 ], ids=range(5))
 def test_rows_without_texts_are_named(rows, says):
-    import re
-
-    pattern = says if ".*" in says else re.escape(says)
-    pattern = pattern.replace("(A), (B)", r"\(A\), +\(B\)")
-    with pytest.raises(ValueError, match=pattern) as error:
+    with pytest.raises(ValueError) as error:
         shortcuts.audit(rows)
+    assert str(error.value).startswith("rows, row ") and says in str(error.value)
     assert "\n" not in str(error.value)
 
 
