@@ -22,6 +22,8 @@ _SENTENCES = re.compile(r"[.!?…。！？]+|\n+")
 _OPTIONS = re.compile(r"\n \(([A-I])\) ")
 _TAIL = re.compile(r"\s*(?:Assistant: *)?The answer is:\s*$")
 _ASSISTANT = re.compile(r"\n\n(?:A|Assistant): ")
+_ANSWERED = re.compile(r"(.*\n \([B-I]\) [^\n]*)\n\nAssistant: .*The answer is: ?(\([A-I]\))\s*",
+                       re.DOTALL)
 _NEXT_TURN = re.compile(r"\n\n")
 
 
@@ -59,6 +61,21 @@ def read(rows, what: str) -> list[Item]:
     items = [read_as["corrects" in row](row, f"{what}, row {i}", row.get("id", i), about)
              for i, row in enumerate(rows)]
     return [item for item in items if any(item.right)]
+
+
+def answered(texts) -> list[dict]:
+    """The questions, in the paper's fields, that stand in texts with their answer, with a chain of
+    thought or without; `id` counts them. So a corpus of them can be audited. A new question begins
+    with a turn of "Human:", as in `multiple_choice`; what else is in the texts is left out."""
+    rows = []
+    parts = (part for text in texts for part in re.split(r"(?=\n\nHuman: )", text))
+    for match in map(_ANSWERED.fullmatch, parts):
+        letters = [f" ({c})" for c in _OPTIONS.findall(match[1])] if match else []
+        if match and f" {match[2]}" in letters:
+            rows.append({"id": len(rows), "prompt": f"{match[1]}\n\nAssistant: The answer is:",
+                         "corrects": [f" {match[2]}"],
+                         "incorrects": [c for c in letters if c != f" {match[2]}"]})
+    return rows
 
 
 def labels(items) -> list[str] | None:

@@ -215,13 +215,18 @@ class _Picking:
         better, worse, of = np.array(pairs).T
         apart = counts[better] - counts[worse]
 
-        def loss(weights, rows):
-            margin = apart[rows] @ weights
-            return np.logaddexp(0, -margin).sum(), -(apart[rows].T @ expit(-margin))
+        def losses(rows):
+            part = apart[rows]
+
+            def loss(weights):
+                margin = part @ weights
+                return np.logaddexp(0, -margin).sum(), -(part.T @ expit(-margin))
+
+            return loss
 
         values = np.full(self.there.shape, np.nan)
         values[self.there] = counts @ _fitted(
-            loss, apart.shape[1], self.conversation[of], seed)
+            losses, apart.shape[1], self.conversation[of], seed)
         return _picked(values[None, score], self.right[score])[0]
 
 
@@ -288,13 +293,17 @@ class _Sorting:
         x = hstack([counts, np.ones((len(self.texts), 1))]).tocsr()
         k, one_hot = len(self.labels), np.eye(len(self.labels))[self.y]
 
-        def loss(weights, rows):
-            scores = x[fit[rows]] @ weights.reshape(-1, k)
-            right = one_hot[fit[rows]]
-            value = logsumexp(scores, axis=1).sum() - (scores * right).sum()
-            return value, (x[fit[rows]].T @ (softmax(scores, axis=1) - right)).ravel()
+        def losses(rows):
+            part, right = x[fit[rows]], one_hot[fit[rows]]
 
-        weights = _fitted(loss, k * x.shape[1], self.conversation[fit], seed).reshape(-1, k)
+            def loss(weights):
+                scores = part @ weights.reshape(-1, k)
+                value = logsumexp(scores, axis=1).sum() - (scores * right).sum()
+                return value, (part.T @ (softmax(scores, axis=1) - right)).ravel()
+
+            return loss
+
+        weights = _fitted(losses, k * x.shape[1], self.conversation[fit], seed).reshape(-1, k)
         return ((x[score] @ weights).argmax(1) == self.y[score]).astype(float)
 
 
@@ -317,19 +326,21 @@ def _sorts(words, says, labels) -> str:
                      for i in kept)
 
 
-def _fitted(loss, size, groups, seed):
-    """Weights (size,) of least loss(weights, rows) -> (value, gradient), with a penalty on their
-    square as strong as suits a held-out quarter of the groups (M,) best."""
+def _fitted(losses, size, groups, seed):
+    """Weights (size,) of the least loss, with a penalty on their square as strong as suits a
+    held-out quarter of the groups (M,) best. losses: rows -> (weights -> (value, gradient))."""
     def fitted(rows, strength):
-        def penalised(weights):
-            value, gradient = loss(weights, rows)
-            return (strength * value + weights @ weights / 2, strength * gradient + weights)
+        loss = losses(rows)
 
-        return minimize(penalised, np.zeros(size), jac=True, method="L-BFGS-B").x
+        def penalised(weights):
+            value, gradient = loss(weights)
+            return strength * value + weights @ weights / 2, strength * gradient + weights
+
+        return minimize(penalised, np.zeros(size), jac=True, method="L-BFGS-B",
+                        options={"ftol": 1e-6}).x
 
     codes, names = pd.factorize(groups)
     held = (seeds.stream("classifier", seed).permutation(len(names)) % 4 == 0)[codes]
-    tried = {} if held.all() else {
-        strength: loss(fitted(np.flatnonzero(~held), strength), np.flatnonzero(held))[0]
-        for strength in _STRENGTHS}
+    rest, held = np.flatnonzero(~held), np.flatnonzero(held)
+    tried = {c: losses(held)(fitted(rest, c))[0] for c in _STRENGTHS} if len(rest) else {}
     return fitted(np.arange(len(groups)), min(tried, key=tried.get, default=_STRENGTHS[0]))

@@ -182,3 +182,15 @@ def test_a_question_without_options_in_its_prompt_is_read_from_its_texts():
     assert item.answers == ["One.", "Two."] and item.places == [1, 0]
     assert item.conversation == "Human: Hi"
     assert cues.measures("Use it. Take this one!\nNo?", "one")["sentences"] == 3
+
+
+def test_answered_questions_of_a_corpus_are_read_from_their_texts():
+    asked = question("Use it.", "No.", 1)
+    plain = f"{asked['prompt']} (B)"
+    chain = asked["prompt"].replace("The answer is:", "Step by step:") + (
+        " (A) Use it: bad. (B) No.\n\nThe answer is: (B)")
+    found = cues.answered([plain + chain, "\n\nHuman: Hi\n\nAssistant: (B)", asked["prompt"], chain,
+                           f"{asked['prompt']} (D)"])
+    assert [row["id"] for row in found] == [0, 1, 2]
+    for row in found:
+        assert {**asked, "id": row["id"]} == row
