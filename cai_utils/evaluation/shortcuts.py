@@ -52,7 +52,7 @@ def audit(rows, train=None, seed=0, classifier=True) -> pd.DataFrame:
     Columns: rule, direction, chosen_on, estimate (accuracy, equal cues sharing the credit), ci_low,
     ci_high (95 %, bootstrap over conversations; Wilson where all answers are right or wrong and no
     two share one), n (conversations). The first rows are BEST and, with `classifier`, CLASSIFIER.
-    No rows where fewer than three conversations have a label, or fewer than one beside `train`.
+    No rows where fewer than three conversations have a label; with `train`, where none has.
     ValueError, naming row and field, for a row without texts.
     """
     found = _Audit(rows, train, seed)
@@ -181,7 +181,7 @@ class _Picking:
         names, values = cues.of_texts(self.texts, [items[i].context for i in rows], rows)
         names.append("position")
         values = np.vstack([values, [place for item in items for place in item.places]])
-        full = np.full((len(values), *self.there.shape), np.nan)
+        full = np.full((len(values), *self.there.shape), np.nan, np.float32)
         full[:, self.there] = values
         self.right = np.zeros(self.there.shape, bool)
         self.right[self.there] = [right for item in items for right in item.right]
@@ -191,7 +191,8 @@ class _Picking:
         # a cue that is the same in all answers of all items is no rule; without any, position is
         self.names = self.names or [names.pop()]
         full = full[differs] if differs.any() else full[-1:]
-        self.credit = np.stack([_picked(full, self.right), _picked(-full, self.right)])
+        self.credit = np.stack([[_picked(sign * values, self.right) for values in full]
+                                for sign in (1, -1)])
 
     def rules(self, fit, score):
         """Accuracy (C,) on the rows `fit`, on which directions are chosen; credit (C, S) on
@@ -227,15 +228,14 @@ class _Picking:
         values = np.full(self.there.shape, np.nan)
         values[self.there] = counts @ _fitted(
             losses, apart.shape[1], self.conversation[of], seed)
-        return _picked(values[None, score], self.right[score])[0]
+        return _picked(values[score], self.right[score])
 
 
 def _picked(values, right):
-    """Credit (C, N) for picking the greatest of the values (C, N, K), shared where several are;
-    right (N, K)."""
-    values = np.where(np.isnan(values), -np.inf, values)
-    top_ = values == values.max(2, keepdims=True)
-    return (top_ & right).sum(2) / top_.sum(2)
+    """Credit (N,) for picking the greatest of the values (N, K), nan where there is no answer;
+    shared where several are. right (N, K)."""
+    picked = values == np.nanmax(values, axis=1, keepdims=True)
+    return ((picked & right).sum(1) / picked.sum(1)).astype(np.float32)
 
 
 def _way(name, more) -> str:
@@ -329,6 +329,9 @@ def _sorts(words, says, labels) -> str:
 def _fitted(losses, size, groups, seed):
     """Weights (size,) of the least loss, with a penalty on their square as strong as suits a
     held-out quarter of the groups (M,) best. losses: rows -> (weights -> (value, gradient))."""
+    if not size:
+        return np.zeros(0)
+
     def fitted(rows, strength):
         loss = losses(rows)
 

@@ -147,10 +147,11 @@ def test_rows_without_texts_are_named(rows, says):
 @pytest.mark.parametrize("rows", [
     [], [comparison("a", "b")], planted(3), [comparison("same", "same", f"{i}?") for i in range(9)],
     [comparison("", "…", f"{i}?") for i in range(9)],
+    [comparison("", "", f"{i}?") for i in range(9)],
     [comparison("Да, конечно. 好的!", "Нет ❤️", f"Почему {i}?") for i in range(9)],
     [{"prompt": "Why?", "chosen": "yes", "rejected": "no"}] * 4,
     [question("yes", "no", i % 2, i) for i in range(2)],
-], ids=["none", "one", "three", "same", "empty", "not ascii", "texts", "two questions"])
+], ids=["none", "one", "three", "same", "empty", "nothing", "not ascii", "texts", "two questions"])
 def test_small_and_odd_sets(rows, capsys):
     table = shortcuts.audit(rows)
     assert list(table) == shortcuts.COLUMNS
