@@ -201,10 +201,6 @@ def by_size(ax, df, hue, chance=None):
         d = df[df[hue] == name]
         apart = np.exp(dodge(i, len(names), span))
         line(ax, d.assign(parameters=d["parameters"] * apart), "parameters", name, *look)
-    if chance is not None:
-        ax.axhline(chance, color="#999999", linestyle=":", linewidth=1.2, label="chance")
-        bottom, top = ax.get_ylim()
-        ax.set_ylim(min(bottom, chance - 0.05 * (top - chance)), top)
     levels = df.loc[df[hue] == BEST, ["estimate", "ci_low", "ci_high"]].drop_duplicates()
     for level in levels.itertuples():
         ax.axhline(level.estimate, color=SURFACE, linestyle=(0, (5, 1.5)), linewidth=1.2,
@@ -212,6 +208,10 @@ def by_size(ax, df, hue, chance=None):
         if level.ci_low < level.ci_high:
             ax.axhspan(level.ci_low, level.ci_high, color=SURFACE, alpha=0.13, linewidth=0,
                        zorder=1).set_gid("interval")
+    if chance is not None:
+        ax.axhline(chance, color="#999999", linestyle=":", linewidth=1.2, label="chance")
+        bottom, top = ax.get_ylim()
+        ax.set_ylim(min(bottom, chance - 0.05 * (top - chance)), top)
     parameter_axis(ax, df["parameters"])
 
 
