@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cai_utils.evaluation import shortcuts
 from cai_utils.experiment import files
 from cai_utils.experiment.params import GRID, read_params
 from cai_utils.figures import reference
@@ -234,9 +235,11 @@ def test_02_with_pms_of_several_axes_alone(tmp_path, monkeypatch, capsys):
         kinds={"hh": ["honest", "harmless"]}, n_train=None, n_eval=None, pm_epochs=1)
     assert capsys.readouterr().out.count("1 of") == 3  # two equal in harmless, one in honest
     run = names["run"]
-    accuracy = run.read_table("pm_accuracy").set_index("axis")
-    assert list(accuracy.index) == ["honest", "harmless", "true harmless"]
-    assert {*accuracy["method"]} == {"HH PM"} and accuracy.loc["honest", "n"] == 12
+    table = run.read_table("pm_accuracy").set_index(["method", "axis"])
+    axes = ["honest", "harmless", "true harmless"]
+    assert [*table.index] == [(method, axis) for method in ("HH PM", shortcuts.BEST)
+                              for axis in axes]
+    assert (table["n"].xs("honest", level="axis") == 12).all()
     assert {*run.read_table("pm_calibration")["labels"]} == {"HH PM, honest", "HH PM, harmless"}
     assert (run.dir / "figures/pm_accuracy.pdf").is_file()
 

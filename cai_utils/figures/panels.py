@@ -17,8 +17,10 @@ from matplotlib.ticker import (
 )
 from scipy import stats as sps
 
+from cai_utils.evaluation.shortcuts import BEST
 from cai_utils.figures import style
 
+SURFACE = "#777777"  # of the level of the best surface rule
 ENOUGH = 20  # points of a curve from which a running mean says something
 
 
@@ -190,19 +192,34 @@ def loss_axis(ax):
 
 
 def by_size(ax, df, hue, chance=None):
-    """Estimate against parameters, one line per value of column `hue`."""
+    """Estimate against parameters, one line per value of column `hue`; across the panel, without
+    a model, the level of chance and that of the best surface rule (`shortcuts.BEST`)."""
     low, high = _parameter_limits(df["parameters"])
-    names = style.ordered(df[hue])
+    names = style.ordered(name for name in df[hue] if name != BEST)
     span = np.log(high / low) * (1 if df["parameters"].nunique() > 1 else 6)  # there is room
     for i, (name, look) in enumerate(style.looks(names).items()):
         d = df[df[hue] == name]
         apart = np.exp(dodge(i, len(names), span))
         line(ax, d.assign(parameters=d["parameters"] * apart), "parameters", name, *look)
+    levels = df.loc[df[hue] == BEST, ["estimate", "ci_low", "ci_high"]].drop_duplicates()
+    for level in levels.itertuples():
+        ax.axhline(level.estimate, color=SURFACE, linestyle=(0, (5, 1.5)), linewidth=1.2,
+                   label=BEST, zorder=1.5)
+        if level.ci_low < level.ci_high:
+            ax.axhspan(level.ci_low, level.ci_high, color=SURFACE, alpha=0.13, linewidth=0,
+                       zorder=1).set_gid("interval")
     if chance is not None:
         ax.axhline(chance, color="#999999", linestyle=":", linewidth=1.2, label="chance")
         bottom, top = ax.get_ylim()
         ax.set_ylim(min(bottom, chance - 0.05 * (top - chance)), top)
     parameter_axis(ax, df["parameters"])
+
+
+def surface_note(note, names):
+    """The note, with what the best surface rule is where it is among the names."""
+    about = (f"{BEST}, with its 95 % interval: the most accurate rule of one cue (length, "
+             "sentences, a word, ...), chosen on other rows")
+    return f"{note}; {about}" if BEST in {*names} else note
 
 
 def calibration_panel(ax, df, hue):

@@ -94,7 +94,7 @@ def fig04_harm_identification(df, chance=0.5, note="bars: 95 % intervals over co
     fig, axes = panels.grid(1, 1, height=2.6)
     panels.by_size(axes[0, 0], df, "method", chance)
     axes[0, 0].set_ylabel("Accuracy")
-    panels.legend(fig, axes, note)
+    panels.legend(fig, axes, panels.surface_note(note, df["method"]))
     return fig
 
 
@@ -228,7 +228,7 @@ def fig12_identify_classify(df, note="bars: 95 % intervals over questions"):
     for ax, (task, d) in zip(axes[0], parts):
         panels.by_size(ax, d, "method", d["chance"].iloc[0])
         ax.set(ylabel="Accuracy", title=str(task))
-    panels.legend(fig, axes, note)
+    panels.legend(fig, axes, panels.surface_note(note, df["method"]))
     return fig
 
 
@@ -257,7 +257,7 @@ def accuracy_by_size(df, calibration=None, chance=0.5,
                          ["labels"], ["labels", "bin"])
         panels.calibration_panel(axes[0, -1], d, "labels")
         axes[0, -1].set_title("calibration")
-    panels.legend(fig, axes, note)
+    panels.legend(fig, axes, panels.surface_note(note, df["method"]))
     return fig
 
 

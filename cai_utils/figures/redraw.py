@@ -4,7 +4,8 @@ Notebooks draw with `draw`, and so does the command line, so that a run and a re
 
     python -m cai_utils redraw --profile miniature [--figure fig05_revisions] [--style my.mplstyle]
 
-A new figure is one function in `plots`, one row in `DRAWINGS` and one entry in `claims.yaml`.
+A new figure is one function in `plots` or beside it, one row in `DRAWINGS` and one entry in
+`claims.yaml`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import pandas as pd
 from cai_utils.evaluation.samples import panels_of
 from cai_utils.experiment import registry
 from cai_utils.experiment.files import read_json, save_figure
-from cai_utils.figures import panels, plots, style
+from cai_utils.figures import panels, plots, statements, style
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ DRAWINGS = {
     "fig02_elo_frontier": Drawing(plots.fig02_elo_frontier, numbers=tuple(plots.ELO_AXES)),
     "fig03_elo_scaling": Drawing(plots.fig03_elo_scaling),
     "fig08_elo_training": Drawing(plots.fig08_elo_training),
+    "policy_statements": Drawing(statements.policy_statements),
     "refusal_agreement": Drawing(plots.refusal_agreement),
     "refusal_confusion": Drawing(plots.refusal_confusion, numbers=plots.READ),
     "published_models": Drawing(plots.published_models),

@@ -78,6 +78,21 @@ def test_unequal_clusters_weigh_by_rows():
     assert e.estimate == 0.25 and e.n == 2 and e.low <= 0 and e.high >= 1
 
 
+def test_many_means_are_those_of_one_at_a_time():
+    rng = np.random.default_rng(0)
+    cluster = np.repeat(np.arange(25), 2)
+    x = np.stack([rng.normal(0, 1, 50), rng.integers(0, 2, 50), np.ones(50)])
+    estimate, low, high, n = stats.bootstrap_means(x, cluster)
+    for r in range(2):
+        assert stats.bootstrap_mean(x[r], cluster) == pytest.approx(
+            (estimate[r], low[r], high[r], n))
+    assert (estimate[2], low[2], high[2]) == pytest.approx(stats.wilson(25, 25)[:3])
+    estimate, low, high, n = stats.bootstrap_means(x[1:2])
+    assert (estimate[0], low[0], high[0], n) == pytest.approx(stats.wilson(x[1].sum(), 50))
+    with pytest.raises(ValueError, match="x, line 1: row 0 is nan"):
+        stats.bootstrap_means([[0, 1], [np.nan, 1]])
+
+
 def test_paired_difference_uses_the_pairing():
     rng = np.random.default_rng(0)
     base = rng.normal(0, 5, 100)

@@ -27,7 +27,8 @@ def row_of(name):
     """A row that figure `name` can draw."""
     own = {"chains_truth": dict(measured_by="truth", axis="harm"), "refusal_agreement": SPLITS,
            "fig07_critique_ablation": dict(method="critiqued", axis="harmlessness"),
-           "rl_truth_rl_cai_s": dict(kind="redteam", measure="harm")}
+           "rl_truth_rl_cai_s": dict(kind="redteam", measure="harm"),
+           "policy_statements": dict(kind="redteam", measure="objects")}
     row = {**ROW, **own.get(name, {})}
     return {k: v for k, v in row.items() if name != "rl_truth_rl_cai_s" or k != "axis"}
 

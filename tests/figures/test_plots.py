@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cai_utils.evaluation.shortcuts import BEST
+from cai_utils.evaluation.statements import SHARES
 from cai_utils.experiment.registry import POLICIES
-from cai_utils.figures import panels, plots, style
+from cai_utils.figures import panels, plots, statements, style
 
 SIZES = {"xs": 101_376, "s": 612_345, "m": 2_234_567}
 METHODS = list(style.METHODS)
@@ -45,6 +47,19 @@ def identification():
     return frame([({"size": s, "parameters": p, "method": m}, 0.55 + 0.1 * j + 0.02 * i)
                   for i, m in enumerate(["multiple choice", "CoT", "CoT, 5 samples", "PM (HH)"])
                   for j, (s, p) in enumerate(SIZES.items())])
+
+
+def with_rule(df, **more):
+    """A table with rows of the best surface rule, the same at every size."""
+    rule = df.drop_duplicates([*more, "size"]).assign(
+        method=BEST, estimate=0.38, ci_low=0.35, ci_high=0.41)
+    return pd.concat([df, rule], ignore_index=True)
+
+
+def said():
+    return frame([({"method": m, "size": s, "parameters": p, "kind": k, "measure": measure},
+                   0.2 + 0.1 * i) for i, m in enumerate(METHODS) for s, p in SIZES.items()
+                  for k in ("benign", "redteam") for measure in SHARES])
 
 
 def revisions():
@@ -141,6 +156,7 @@ FIGURES = {
     "fig04": (plots.fig04_harm_identification, identification),
     "fig04, one size": (plots.fig04_harm_identification,
                         lambda: identification().query("size == 'xs'")),
+    "fig04, rule": (plots.fig04_harm_identification, lambda: with_rule(identification())),
     "fig05": (plots.fig05_revisions, revisions),
     "fig07": (plots.fig07_critique_ablation, ablation),
     "fig08": (plots.fig08_elo_training, training),
@@ -153,6 +169,7 @@ FIGURES = {
     "fig12": (plots.fig12_identify_classify, identify_classify),
     "fig12, one task": (plots.fig12_identify_classify, real_identify),
     "rl_truth": (plots.rl_truth, truth_in_training),
+    "statements": (statements.policy_statements, said),
     "refusals": (plots.refusal_agreement, agreements),
     "confusion": (plots.refusal_confusion, confusions),
 }
@@ -290,6 +307,41 @@ def test_every_estimate_and_interval_of_the_table_is_drawn(name):
         assert heights(ax) == pytest.approx(sorted(d["estimate"]))
         assert np.array(segments(ax)) == pytest.approx(
             np.array(sorted(zip(d["ci_low"], d["ci_high"]))))
+
+
+@pytest.mark.parametrize("name, draw, df", [
+    ("fig04", plots.fig04_harm_identification, with_rule(identification())),
+    ("fig12", plots.fig12_identify_classify, with_rule(identify_classify(), task=None)),
+    ("accuracy", plots.accuracy_by_size, with_rule(accuracies(), axis=None)),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_the_best_surface_rule_is_a_level_with_its_interval(name, draw, df):
+    fig = draw(df)
+    for ax in shown(fig):
+        (level,) = [line for line in ax.lines if line.get_label() == BEST]
+        assert list(level.get_ydata()) == [0.38, 0.38] and ax.get_ylim()[0] < 0.35
+        (band,) = [patch for patch in ax.patches if patch.get_gid() == "interval"]
+        box = band.get_bbox()
+        assert (box.y0, box.y1) == pytest.approx((0.35, 0.41))
+        assert 0.38 not in heights(ax)  # it belongs to no model
+    assert "chosen on other rows" in fig_note(fig) and "chosen" not in fig_note(drawn(name))
+
+
+def test_statements_are_shares_by_kind_and_measure():
+    df, fig = said(), drawn("statements")
+    titles = [ax.get_title().replace("\n", " ") for ax in fig.axes[:statements.SHOWN]]
+    assert titles == [*SHARES[:statements.SHOWN]]
+    assert [ax.get_ylabel() for ax in fig.axes[::statements.SHOWN]] == [
+        "redteam prompts", "benign prompts"]
+    for i, ax in enumerate(fig.axes):
+        kind = ("redteam", "benign")[i // statements.SHOWN]
+        d = df[(df["kind"] == kind) & (df["measure"] == titles[i % statements.SHOWN])]
+        assert sorted(x for line in ax.lines for x in line.get_xdata()) == pytest.approx(
+            sorted(d["estimate"]))
+        bars = [(s[0][0], s[1][0]) for c in ax.collections for s in c.get_segments()]
+        assert np.array(sorted(bars)) == pytest.approx(
+            np.array(sorted(zip(d["ci_low"], d["ci_high"]))))
+    with pytest.raises(ValueError, match="has none of objects"):
+        statements.policy_statements(df.assign(measure="mood", size=range(len(df))))
 
 
 def test_frontier_draws_a_cross_for_every_checkpoint():
