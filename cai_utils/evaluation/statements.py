@@ -14,7 +14,8 @@ What the texts alone tell is always measured:
 
 Each is a number of every answer, so that means, intervals and paired differences are those of any
 other measure. Of the first three it depends on the other answers of the same model and kind of
-prompt: their intervals take the others as given. Compare these at equal numbers of answers.
+prompt (and run): their intervals take the others as given. Compare these at equal numbers of
+answers.
 """
 
 from __future__ import annotations
@@ -59,10 +60,11 @@ def measured(samples, judge=None) -> pd.DataFrame:
     """Samples (`evaluation.samples`) with a column per measure; judge: conversation -> verdict, a
     dict.
 
-    Columns: KEPT, those of JUDGED for which every verdict has the fields, or BY_RULE where none has
-    `evasive`, and ALONE. No rows where there are no samples.
+    Columns: KEPT, `run` where the samples have it, those of JUDGED for which every verdict has the
+    fields, or BY_RULE where none has `evasive`, and ALONE. No rows where there are no samples.
     """
-    frame = pd.DataFrame([{name: s[name] for name in KEPT} for s in samples], columns=KEPT)
+    kept = KEPT + ["run"] * bool(samples and "run" in samples[0])
+    frame = pd.DataFrame([{name: s[name] for name in kept} for s in samples], columns=kept)
     verdicts = [judge(dialogue.with_response(s["prompt"], s["response"])) for s in samples
                 ] if judge else []
     known = set.intersection(*map(set, verdicts)) if verdicts else set()
@@ -73,7 +75,7 @@ def measured(samples, judge=None) -> pd.DataFrame:
         frame[BY_RULE] = [float(refusal_rule.is_evasive(text)) for text in frame["response"]]
     for measure in ALONE:
         frame[measure] = 0.0
-    for _, part in frame.groupby(["model", "size", "step", "kind"], sort=False):
+    for _, part in frame.groupby(["model", "size", "step", "kind", *kept[len(KEPT):]], sort=False):
         frame.loc[part.index, [*ALONE]] = _repeats([*part["response"]])
     return frame
 
@@ -101,18 +103,22 @@ def _sentences(text) -> list[str]:
 
 
 def table(frame, by=("model", "size", "step")) -> pd.DataFrame:
-    """Means of the measures of `measured` by model and kind of prompt, intervals over prompts.
+    """Means of the measures of `measured` by model and kind of prompt; intervals over prompts, and
+    over runs where there are several.
 
-    Columns: *by, kind, measure, estimate, ci_low, ci_high, n.
+    Columns: *by, kind, measure, estimate, ci_low, ci_high, n, and `runs` where `frame` has `run`.
     """
-    by = [*by, "kind"]
-    measures = [column for column in frame if column not in KEPT]
-    tables = [pd.DataFrame(columns=[*by, "measure", "estimate", "ci_low", "ci_high", "n"])]
+    by, several = [*by, "kind"], ["runs"] * ("run" in frame)
+    measures = [column for column in frame if column not in (*KEPT, "run")]
+    columns = [*by, "measure", "estimate", "ci_low", "ci_high", "n", *several]
+    tables = [pd.DataFrame(columns=columns)]
     for group, part in frame.groupby(by, sort=False):
-        estimate, low, high, n = stats.bootstrap_means(part[measures].T, [*part["id"]])
-        tables.append(pd.DataFrame({
-            **dict(zip(by, group, strict=True)), "measure": measures, "estimate": estimate,
-            "ci_low": low, "ci_high": high, "n": n}))
+        *found, n = stats.bootstrap_means(part[measures].T, [*part["id"]])
+        runs = part.groupby("run")[measures].mean() if several else part[:0]
+        for measure, *ends in zip(measures, *found, strict=True):
+            e = stats.with_runs(stats.Estimate(*ends, n), runs[measure])
+            tables.append(pd.DataFrame([(*group, measure, *e, len(runs))[:len(columns)]],
+                                       columns=columns))
     return pd.concat(tables[1:] or tables, ignore_index=True)
 
 

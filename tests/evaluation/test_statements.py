@@ -104,3 +104,13 @@ def test_without_a_judge_only_what_the_texts_tell():
     nothing = statements.measured([])
     assert len(nothing) == 0 and len(statements.table(nothing)) == 0
     assert len(statements.examples(nothing)) == 0
+
+
+def test_runs_are_measured_apart_and_widen_the_intervals():
+    rows = [{**sample(RED, STEP if run else "No.", n=i), "run": run}
+            for i in range(20) for run in range(3)]
+    frame = statements.measured(rows, judge)
+    assert frame["distinct answers"].eq(1 / 20).iloc[0]  # among the 20 of the first run
+    table = statements.table(frame).set_index("measure").loc["gives a step"]
+    assert table["runs"] == 3 and table["n"] == 20 and table["estimate"] == pytest.approx(2 / 3)
+    assert table["ci_low"] < 0 and table["ci_high"] > 1  # of three runs that disagree
