@@ -20,6 +20,7 @@ answers.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 
@@ -116,7 +117,8 @@ def table(frame, by=("model", "size", "step")) -> pd.DataFrame:
         *found, n = stats.bootstrap_means(part[measures].T, [*part["id"]])
         runs = part.groupby("run")[measures].mean() if several else part[:0]
         for measure, *ends in zip(measures, *found, strict=True):
-            e = stats.with_runs(stats.Estimate(*ends, n), runs[measure])
+            e = stats.with_runs(stats.Estimate(*ends, n), runs[measure],
+                                within=(0, 1) if measure in SHARES else (0, math.inf))
             tables.append(pd.DataFrame([(*group, measure, *e, len(runs))[:len(columns)]],
                                        columns=columns))
     return pd.concat(tables[1:] or tables, ignore_index=True)

@@ -125,7 +125,7 @@ def paired_difference(a, b, cluster=None, n_boot=2000, seed=0, level=0.95):
     return bootstrap_mean(a - b, cluster, n_boot, seed, level)
 
 
-def with_runs(found, *sides, level=0.95):
+def with_runs(found, *sides, level=0.95, within=(-np.inf, np.inf)):
     """An Estimate over prompts of the mean of several training runs, widened to cover the runs.
 
     sides: for each of the means that the estimate is made of (one; for a difference of two policies
@@ -133,7 +133,7 @@ def with_runs(found, *sides, level=0.95):
     over prompts, and Student's t times the standard error over runs, sqrt(sum of s^2 / runs), with
     Welch's degrees of freedom. A side of one run adds nothing, since nothing is known about its
     spread. The spread of runs holds some of the prompts' noise, so that the interval is a little
-    too wide rather than too narrow.
+    too wide rather than too narrow. within: the range of what is measured, (0, 1) of a share.
     """
     sides = [np.asarray(values, dtype=float) for values in sides]
     parts = [(values.var(ddof=1) / len(values), len(values) - 1)
@@ -145,6 +145,7 @@ def with_runs(found, *sides, level=0.95):
     half = sps.t.ppf((1 + level) / 2, freedom) * np.sqrt(variance)
     low, high = (found.estimate + sign * np.hypot(found.estimate - end, half)
                  for sign, end in ((-1, found.low), (1, found.high)))
+    low, high = np.clip([low, high], *within)
     return Estimate(found.estimate, float(low), float(high), found.n)
 
 

@@ -54,7 +54,7 @@ def summarize(long, by, value, cluster="id") -> pd.DataFrame:
             floor = stats.wilson(found.n * found.estimate, found.n)
             found = found._replace(low=float(np.fmin(found.low, floor.low)),
                                    high=float(np.fmax(found.high, floor.high)))
-        found = stats.with_runs(found, runs)
+        found = stats.with_runs(found, runs, within=(0, 1) if binary else (-np.inf, np.inf))
         rows.append({**dict(zip(by, group, strict=True)), "estimate": found.estimate,
                      "ci_low": found.low, "ci_high": found.high, "n": found.n, "runs": len(runs)})
     return pd.DataFrame(rows, columns=columns)

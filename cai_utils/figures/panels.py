@@ -215,6 +215,13 @@ def by_size(ax, df, hue, chance=None):
     parameter_axis(ax, df["parameters"])
 
 
+def runs_note(note, df):
+    """The note, with how many runs a mean is of where `df` has several (column `runs`)."""
+    runs = int(df["runs"].max()) if "runs" in df else 1
+    return note if runs < 2 else (
+        f"{note}; means of {runs} runs of RL, whose spread the intervals cover, too")
+
+
 def surface_note(note, names):
     """The note, with what the best surface rule is where it is among the names."""
     about = (f"{BEST}, with its 95 % interval: the most accurate rule of one cue (length, "

@@ -28,9 +28,7 @@ EPISODES = "RL training sequences"
 def _elo_note(df, note):
     """The note, with the number of runs where there are several, and the names of those without a
     finite maximum-likelihood score (`elo.fit`)."""
-    runs = int(df["runs"].max()) if "runs" in df else 1
-    if runs > 1:
-        note += f"; means of {runs} runs of RL, whose spread the intervals cover, too"
+    note = panels.runs_note(note, df)
     if "finite" not in df or not df["finite"].eq(False).any():
         return note
     rows = df[df["finite"].eq(False)]

@@ -46,5 +46,5 @@ def policy_statements(df, note="bars: 95 % intervals over prompts; distinct answ
         ax.set_title(textwrap.fill(measure, 18), fontsize=7)
     for ax in axes[-1]:
         ax.set_xlabel("Share")
-    panels.legend(fig, axes, note)
+    panels.legend(fig, axes, panels.runs_note(note, df))
     return fig
