@@ -112,6 +112,13 @@ def _aggregate(outcomes):
     return models, np.stack(divmod(edge_codes, len(models)), 1), won, played
 
 
+def _fitted(edges, won, played, n_models, ridge):
+    """`_newton` for as many fits at once as fit into the memory of a block."""
+    n = max(1, _BLOCK // n_models**2)
+    return np.concatenate([_newton(edges, won[i:i + n], played[i:i + n], n_models, ridge)
+                           for i in range(0, len(won), n)])
+
+
 def _newton(edges, won, played, n_models, ridge):
     """Ridge Bradley-Terry fits, all at once: won, played (B, E) -> log-odds (B, M) with mean 0.
 
@@ -170,7 +177,6 @@ def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01, policy=None):
         raise ValueError(f"ridge: must be above 0, got {ridge}")
     models, edges, won, played = _aggregate(outcomes)
     m, n_prompts = len(models), len(won)
-    block = max(1, _BLOCK // m**2)  # fits at once
     if anchor is not None and anchor not in models:
         raise ValueError(f"anchor: {anchor!r} played no game; models: "
                          + ", ".join(map(str, models)))
@@ -186,8 +192,7 @@ def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01, policy=None):
                          "Let at least one model of each play one of the other")
 
     def scores(w, n):
-        theta = np.concatenate([_newton(edges, w[i:i + block], n[i:i + block], m, ridge)
-                                for i in range(0, len(w), block)]) * ELO
+        theta = _fitted(edges, w, n, m, ridge) * ELO
         return theta - (theta[:, [models.index(anchor)]] if anchor is not None else 0)
 
     names, which, mean = _policies(models, policy)
