@@ -4,9 +4,10 @@
 #
 # One rule per run of a notebook. A profile has the notebooks for which
 # params/<profile>/<notebook>.yaml exists; `grid:` in that file makes several runs of one notebook
-# (09_rl: method x size), and --config seeds=3 three of each of 09_rl, with other seeds. Snakemake schedules a run when the notebook, its parameters, a module that
-# it uses or an upstream run is newer; `run --if-changed` then compares contents, and runs it only if
-# something that decides its results has changed. One batch at a time works on a profile, and a killed
+# (09_rl: method x size), and --config seeds=3 three of each of 09_rl, with other seeds. Snakemake
+# schedules a run when the notebook, its parameters, a module that it uses or an upstream run is
+# newer; `run --if-changed` then compares contents, and runs it only if something that decides its
+# results has changed. One batch at a time works on a profile, and a killed
 # one is in nobody's way (experiment/locks.py).
 import atexit
 import contextlib
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from cai_utils.experiment import locks, registry
 from cai_utils.experiment.execute import check_folder, check_name
+from cai_utils.experiment.files import read_json
 from cai_utils.experiment.fingerprint import modules_of, notebook_cells
 from cai_utils.experiment.params import (
     all_params, as_override, check_profile, files_named, grid_of)
@@ -159,6 +162,16 @@ def arguments(notebook, name, point):
     ]
 
 
+def other_seeds(notebook, name):
+    """A new file where the run that is there took another number of runs of RL: it has to be made
+    again, and no other file is newer."""
+    before = read_json(ROOT / executed(name, "stamp.json")).get("params", {}).get("n_seeds")
+    if before in (None, SEEDS if SEEDS > 1 else PARAMS[notebook].get("n_seeds")):
+        return []
+    (ROOT / executed(name, "seeds")).write_text(f"{SEEDS}, not {before}: {time.time()}\n")
+    return [executed(name, "seeds")]
+
+
 RUNS = [(notebook, name, point) for notebook in FILES for name, point in runs_of(notebook)]
 PRETRAIN = str(config.get("pretrain", "")).lower() in ("1", "true", "yes")
 
@@ -177,6 +190,7 @@ for NOTEBOOK, NAME, POINT in RUNS:
         input:
             inputs(NOTEBOOK),
             upstream(NOTEBOOK, POINT),
+            other_seeds(NOTEBOOK, NAME),
         output:
             # Not deleted first: they stay where the run is up to date.
             update(executed(NAME)),

@@ -171,6 +171,21 @@ def test_more_seeds_are_more_runs_of_rl_that_elo_waits_for(lab):
     assert waits["10_elo"] == {*RL, *further, "07_sl_cai"}
 
 
+def test_elo_is_made_again_for_another_number_of_seeds(lab):
+    for path in lab.rglob("*.*"):
+        os.utime(path, (1e9, 1e9))
+    finished(lab, time.time() - 10)
+    executed = lab / "runs" / "miniature" / "executed"
+    for name in RL:
+        for ending in ("ipynb", "stamp.json"):
+            shutil.copy2(executed / f"{name}.{ending}", executed / f"{name}-seed1.{ending}")
+    stamp = executed / "10_elo.stamp.json"
+    for before, seeds, again in ((2, 1, ["10_elo"]), (2, 2, [])):
+        change(stamp, json.dumps({"params": {"n_seeds": before}}), time.time() - 10)
+        assert jobs(snakemake(lab, seeds=seeds)[1]) == again
+    shutil.rmtree(lab / "runs")
+
+
 @pytest.mark.parametrize("file", ["07_sl_cai", "_common"])
 def test_pms_that_score_samples_have_to_be_there_first(lab, file):
     own = lab / "params" / "miniature" / f"{file}.yaml"

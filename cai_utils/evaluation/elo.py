@@ -22,6 +22,7 @@ from cai_utils.experiment import registry
 from cai_utils.seeds import stream
 
 ELO = 400 / np.log(10)  # Elo points per unit of log-odds
+_BLOCK = 4_000_000  # numbers of the matrices of fits at once (32 MB)
 NONE_SEEN = -np.log(0.025)  # expected count of an event that is unseen with p = 2.5 %
 
 
@@ -111,6 +112,13 @@ def _aggregate(outcomes):
     return models, np.stack(divmod(edge_codes, len(models)), 1), won, played
 
 
+def _fitted(edges, won, played, n_models, ridge):
+    """`_newton` for as many fits at once as fit into the memory of a block."""
+    n = max(1, _BLOCK // n_models**2)
+    return np.concatenate([_newton(edges, won[i:i + n], played[i:i + n], n_models, ridge)
+                           for i in range(0, len(won), n)])
+
+
 def _newton(edges, won, played, n_models, ridge):
     """Ridge Bradley-Terry fits, all at once: won, played (B, E) -> log-odds (B, M) with mean 0.
 
@@ -121,13 +129,16 @@ def _newton(edges, won, played, n_models, ridge):
     design = np.zeros((len(edges), n_models))
     design[np.arange(len(edges)), edges[:, 0]] = 1
     design[np.arange(len(edges)), edges[:, 1]] = -1
-    outer = (design[:, :, None] * design[:, None, :]).reshape(len(edges), -1)
+    a, b, each = *edges.T, np.arange(n_models)
+    hessian = np.zeros((len(won), n_models, n_models))
     theta = np.zeros((len(won), n_models))
     for _ in range(200):
         s = 1 / (1 + np.exp(-theta @ design.T))
         gradient = (won - played * s) @ design - ridge * theta
-        hessian = ((played * s * (1 - s)) @ outer).reshape(-1, n_models, n_models)
-        step = np.linalg.solve(hessian + ridge * np.eye(n_models), gradient[..., None])[..., 0]
+        weight = played * s * (1 - s)
+        hessian[:, a, b] = hessian[:, b, a] = -weight
+        hessian[:, each, each] = weight @ np.abs(design) + ridge
+        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
         r = np.abs(step @ design.T).max(1, keepdims=True)
         theta = theta + step * np.where(r > 1e-9, np.log1p(r) / np.maximum(r, 1e-9), 1)
         if r.max() < 1e-7:
@@ -181,7 +192,7 @@ def fit(outcomes, anchor=None, n_boot=500, seed=0, ridge=0.01, policy=None):
                          "Let at least one model of each play one of the other")
 
     def scores(w, n):
-        theta = _newton(edges, w, n, m, ridge) * ELO
+        theta = _fitted(edges, w, n, m, ridge) * ELO
         return theta - (theta[:, [models.index(anchor)]] if anchor is not None else 0)
 
     names, which, mean = _policies(models, policy)

@@ -268,7 +268,10 @@ class _Sorting:
         binned = [(bins, ["without it", "with it"]) if _is_presence(name) and len(words) == 2
                   else (bins, words) for name, (bins, words) in zip(names, binned, strict=True)]
         kept = [i for i, (_, words) in enumerate(binned) if len(words) > 1]
-        self.names = [names[i] for i in kept] + ["position"]
+        self.placed = any(any(item.places) for item in items)  # it is known where options stood
+        # without a cue that differs, and without positions: always the most frequent class
+        kept = kept or [0] * (not self.placed)
+        self.names = [names[i] for i in kept] + ["position"] * self.placed
         self.bins = np.array([binned[i][0] for i in kept], int).reshape(len(kept), len(items))
         self.words = [binned[i][1] for i in kept]
 
@@ -279,10 +282,12 @@ class _Sorting:
         counts = np.stack([(self.bins[:, fit] == b) @ one_hot for b in range(self.BINS)], 1)
         says = np.where(counts.any(2), counts.argmax(2), usual.argmax())  # (C, BINS)
         credit = np.take_along_axis(says, self.bins, 1) == self.y
-        stands = np.bincount(self.place[fit], minlength=2).argmax()
-        credit = np.vstack([credit, self.place == stands]).astype(float)
         directions = [_sorts(*pair, self.labels) for pair in zip(self.words, says, strict=True)]
-        directions.append(f"option {stands + 1}")
+        if self.placed:
+            stands = np.bincount(self.place[fit], minlength=2).argmax()
+            credit = np.vstack([credit, self.place == stands])
+            directions.append(f"option {stands + 1}")
+        credit = credit.astype(float)
         return credit[:, fit].mean(1), credit[:, score], directions
 
     counts = _Picking.counts

@@ -45,7 +45,8 @@ def _codes(cluster, n):
         return np.arange(n), n
     if len(cluster) != n:
         raise ValueError(f"cluster: {len(cluster)} labels for {n} rows; give one per row")
-    codes, names = pd.factorize(np.asarray(cluster))
+    # objects: an array of texts would take for each as much memory as the longest does
+    codes, names = pd.factorize(pd.Series(list(cluster), dtype=object))
     if (codes < 0).any():
         raise ValueError(f"cluster: row {np.argmin(codes)} has no label")
     return codes, len(names)
@@ -70,7 +71,7 @@ def interval(draws, n_units, level=0.95):
     draws = np.asarray(draws, dtype=float)
     if n_units < 2:
         nothing = np.full(draws.shape[1:], np.nan)[()]
-        return nothing, nothing
+        return nothing, nothing.copy()  # two arrays: who fills in one leaves the other
     t = sps.t.ppf((1 - level) / 2, n_units - 1)
     tail = sps.norm.cdf(t * np.sqrt(n_units / (n_units - 1)))
     low, high = np.quantile(draws, [tail, 1 - tail], axis=0)

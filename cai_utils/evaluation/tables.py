@@ -80,8 +80,10 @@ def difference(long, column, a, b, value, unit="id", cluster=None) -> stats.Esti
         raise ValueError(f"no {unit} with both {column} = {a!r} and {column} = {b!r}")
     groups = long.groupby(unit)[cluster].first()[both.index] if cluster else None
     found = stats.paired_difference(both.iloc[:, 0], both.iloc[:, 1], groups)
-    return stats.with_runs(found, *(
-        _of_runs(side[side[unit].isin(both.index)], value) for side in sides))
+    shares = all(side[value].astype(float).isin((0, 1)).all() for side in sides)
+    return stats.with_runs(
+        found, *(_of_runs(side[side[unit].isin(both.index)], value) for side in sides),
+        within=(-1, 1) if shares else (-np.inf, np.inf))
 
 
 def differences(long, column, pairs, value, by, unit="id", cluster=None) -> pd.DataFrame:

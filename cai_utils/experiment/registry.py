@@ -7,6 +7,7 @@ one row in `POLICIES` and one training function.
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,8 +122,16 @@ def needs(name: str) -> list[str]:
 
 
 def further(size: str, run: int) -> str:
-    """`size` in the names of what the run-th training of a policy makes: "s", then "s_seed1"."""
+    """`size` in the names of what the run-th training of a policy makes: "s", then "s_seed1".
+    ValueError for a size that would be taken for a further run."""
+    if is_further(str(size)):
+        raise ValueError(f"size {size!r} ends as the names of further runs of RL do; rename it")
     return f"{size}_seed{run}" if run else str(size)
+
+
+def is_further(name: str) -> bool:
+    """Whether a name is of a further run of RL: "rl_cai_s_seed1"."""
+    return bool(re.search(r"_seed\d+$", name))
 
 
 def folder(run, name: str, size: str) -> Path:

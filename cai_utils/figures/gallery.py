@@ -16,7 +16,7 @@ import yaml
 
 from cai_utils.evaluation.escape import cell
 from cai_utils.evaluation.tables import number
-from cai_utils.experiment.registry import PANELS
+from cai_utils.experiment.registry import PANELS, is_further
 from cai_utils.experiment.writing import write_text
 from cai_utils.figures import redraw
 
@@ -24,12 +24,13 @@ CLAIMS = yaml.safe_load((Path(__file__).parent / "claims.yaml").read_text(encodi
 
 
 def entries(tables) -> dict[str, dict]:
-    """{figure: its entry in `claims.yaml`} of everything that a folder of tables can show."""
+    """{figure: its entry in `claims.yaml`} of everything that a folder of tables can show, without
+    further runs of RL, which may be older than the first."""
     there = redraw.drawable(tables)
     found = {name: entry for name, entry in CLAIMS["figures"].items() if name in there}
     for path in sorted(Path(tables).glob("rl_scores_*.csv")):
         run = path.stem.removeprefix("rl_scores_")
-        if f"rl_{run}" in there:
+        if f"rl_{run}" in there and not is_further(run):
             found[f"rl_{run}"] = {
                 "title": f"RL: {cell(run)}", "tables": {path.stem: CLAIMS["rl_scores"]}}
     return found

@@ -1,5 +1,6 @@
 import itertools
 import time
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -54,6 +55,17 @@ def test_the_score_of_several_runs_is_their_mean_and_covers_their_spread():
     assert width > 2 * 4.303 * runs.elo.std() / 3**0.5  # and of prompts
     one = elo.fit(games, anchor="base", n_boot=100, policy=lambda name: name)
     pd.testing.assert_frame_equal(one.drop(columns="runs"), each.reset_index())
+
+
+def test_many_runs_take_little_memory():
+    """250 snapshots against five: as many as four methods at three sizes have in five runs."""
+    rows = [{"a": a, "b": b, "prompt_id": prompt, "wins_a": (a + b + prompt) % 3 / 2}
+            for a in range(250) for b in range(5) if a > b for prompt in range(2)]
+    tracemalloc.start()
+    table = elo.fit(rows, n_boot=100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(table) == 250 and peak < 150e6  # bytes
 
 
 def test_two_models_have_a_closed_form():

@@ -129,6 +129,17 @@ def test_texts_are_sorted_where_all_questions_have_the_same_options():
     assert 0.3 < table["estimate"]["position"] < 0.7
 
 
+def test_no_rule_of_position_where_it_is_not_known():
+    rng = random.Random(0)
+    rows = [comparison(*rng.sample(("yes", "no"), 2), f"{text(rng)} {i}?") for i in range(60)]
+    table = shortcuts.audit(rows, classifier=False)
+    assert "position" not in {*table["rule"]} and table["estimate"][0] < 0.75
+    for row in rows:  # nothing differs
+        row["prompt"][0]["content"] = "Why?"
+    (best, rule) = shortcuts.audit(rows[:20], rows[20:], classifier=False).itertuples()
+    assert best.estimate == rule.estimate < 1 and rule.direction.startswith("always ")
+
+
 @pytest.mark.parametrize("rows, says", [
     ([comparison("a", "b"), {"prompt": [], "chosen": "a"}], "row 1: 'rejected' is None; give"),
     ([comparison("a", "b"), {**comparison("a", "b"), "chosen": []}], "row 1: 'chosen' is []; give"),

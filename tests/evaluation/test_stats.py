@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -78,6 +80,15 @@ def test_unequal_clusters_weigh_by_rows():
     assert e.estimate == 0.25 and e.n == 2 and e.low <= 0 and e.high >= 1
 
 
+def test_one_long_text_among_the_clusters_takes_no_memory_for_the_others():
+    cluster = [f"Question {i // 2}?" for i in range(800)] + ["long " * 20_000] * 2
+    tracemalloc.start()
+    assert stats.bootstrap_mean(np.ones(802), cluster, n_boot=10).n == 401
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6  # bytes; as an array of texts 320 MB
+
+
 def test_many_means_are_those_of_one_at_a_time():
     rng = np.random.default_rng(0)
     cluster = np.repeat(np.arange(25), 2)
@@ -89,6 +100,10 @@ def test_many_means_are_those_of_one_at_a_time():
     assert (estimate[2], low[2], high[2]) == pytest.approx(stats.wilson(25, 25)[:3])
     estimate, low, high, n = stats.bootstrap_means(x[1:2])
     assert (estimate[0], low[0], high[0], n) == pytest.approx(stats.wilson(x[1].sum(), 50))
+    estimate, low, high, n = stats.bootstrap_means([[0], [1], [0.3]])  # of one unit
+    for r in (0, 1):
+        assert (estimate[r], low[r], high[r], n) == pytest.approx(stats.wilson(r, 1))
+    assert np.isnan([low[2], high[2]]).all()
     with pytest.raises(ValueError, match="x, line 1: row 0 is nan"):
         stats.bootstrap_means([[0, 1], [np.nan, 1]])
 

@@ -31,6 +31,9 @@ def test_runs_of_a_policy_widen_its_intervals():
     (gap,) = tables.differences(long.assign(size="s"), "model", [("a", "b")], "harm",
                                 "size").itertuples()
     assert gap.estimate == 1.5 and gap.ci_low == pytest.approx(1.5 - half, abs=1e-3)
+    shares = long.assign(harm=((long["model"] == "a") & (long["run"] > 0)).astype(int))
+    gap = tables.difference(shares, "model", "a", "b", "harm")
+    assert gap[:3] == pytest.approx((2 / 3, 2 / 3 - 4.303 / 3, 1), abs=1e-3)  # no share is above 1
     never = long[long["model"] == "b"].assign(harm=0)
     (row,) = tables.summarize(never, "model", "harm").itertuples()
     assert row.ci_high == pytest.approx(stats.wilson(0, 30).high)  # of 30 prompts, not of 90 rows

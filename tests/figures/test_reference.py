@@ -102,6 +102,17 @@ def test_a_figure_is_drawn_again_where_its_table_or_the_code_is_newer(tmp_path, 
     assert redraw.outdated(*state)
 
 
+def test_further_runs_of_rl_are_drawn_and_are_no_reference(tmp_path):
+    for run in ("135M", "135M_seed1"):
+        for kind in ("rl", "rl_scores"):
+            shutil.copy(ROOT / f"figures/smollm2/tables/{kind}_rl_cai_135M.csv",
+                        tmp_path / f"{kind}_rl_cai_{run}.csv")
+    assert gallery.shown_tables(tmp_path) == ["rl_rl_cai_135M", "rl_scores_rl_cai_135M"]
+    assert redraw.drawable(tmp_path) == ["rl_rl_cai_135M", "rl_rl_cai_135M_seed1"]
+    page = gallery.write("A run", tmp_path, tmp_path).read_text()
+    assert "(rl_rl_cai_135M_seed1.png)" in page and "rl_scores_rl_cai_135M_seed1" not in page
+
+
 def test_calibration_is_that_of_the_size_of_the_run(tmp_path):
     for name in ("pm_accuracy", "pm_calibration"):
         shutil.copy(KEPT / "tables" / f"{name}.csv", tmp_path)
