@@ -219,7 +219,8 @@ def runs_note(note, df):
     """The note, with how many runs a mean is of where `df` has several (column `runs`)."""
     runs = int(df["runs"].max()) if "runs" in df else 1
     return note if runs < 2 else (
-        f"{note}; means of {runs} runs of RL, whose spread the intervals cover, too")
+        f"{note}; means of {runs} runs of RL, whose spread the intervals cover, too; policies "
+        "without RL were trained once")
 
 
 def surface_note(note, names):
